@@ -1,0 +1,18 @@
+"""Names that the package's doctests may use without importing them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _doctest_names(request: pytest.FixtureRequest) -> None:
+    if isinstance(request.node, pytest.DoctestItem):
+        import torch
+
+        import flowsolve
+
+        namespace: dict[str, Any] = request.getfixturevalue("doctest_namespace")
+        namespace.update(fs=flowsolve, torch=torch)

@@ -1,0 +1,34 @@
+"""Numerical ODE and SDE solvers for generative flows."""
+
+from flowsolve import adapters, charts, grids, paths, predictions, problems, solvers, training
+from flowsolve._version import __version__
+from flowsolve.flow import Flow
+from flowsolve.integrate import encode, sample, solve
+from flowsolve.likelihood import bits_per_dim, log_prob
+from flowsolve.predictions import Estimate, Prediction, Row
+from flowsolve.solution import Solution, SolverError
+from flowsolve.solvers import Status
+
+__all__ = [
+    "Estimate",
+    "Flow",
+    "Prediction",
+    "Row",
+    "Solution",
+    "SolverError",
+    "Status",
+    "__version__",
+    "adapters",
+    "bits_per_dim",
+    "charts",
+    "encode",
+    "grids",
+    "log_prob",
+    "paths",
+    "predictions",
+    "problems",
+    "sample",
+    "solve",
+    "solvers",
+    "training",
+]

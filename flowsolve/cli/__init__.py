@@ -1,0 +1,46 @@
+"""The command line `flowsolve`: every module of this package is one command, the function that bears its
+name.
+
+Command modules import torch and the solvers inside their functions, so that `flowsolve --help` stays quick.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any
+
+from flowsolve._optional import require
+
+__all__ = ["build", "main"]
+
+
+def build() -> Any:
+    """The typer application with every command.
+
+    Raises:
+        ImportError: typer is not installed.
+    """
+    typer = require("typer", "cli", "the command line")
+    app = typer.Typer(
+        name="flowsolve", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+    )
+
+    @app.callback()  # type: ignore[untyped-decorator]
+    def flowsolve() -> None:
+        """Numerical ODE and SDE solvers for generative flows."""
+
+    for info in iter_modules(__path__):
+        if not info.name.startswith("_"):
+            app.command(info.name)(getattr(import_module(f"{__name__}.{info.name}"), info.name))
+    return app
+
+
+def main() -> None:
+    """Entry point: run the command line; a missing package is one line and exit status 1."""
+    try:
+        build()()
+    except ImportError as error:
+        print(f"flowsolve: {error}", file=sys.stderr)
+        raise SystemExit(1) from None

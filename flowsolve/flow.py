@@ -1,0 +1,184 @@
+r"""Flow: a trained network, the path it was trained on, and what it predicts.
+
+`Flow` is the only object that calls a network, and it calls it once for each estimate. Three declarations make any
+checkpoint usable:
+
+* **path**, the curve of the noised data (`flowsolve.paths`);
+* **prediction**, the row the output stands for (`flowsolve.predictions`);
+* **time**, the clock the network reads: `"flow"` (t from noise 0 to data 1), `"native"` (the path's own: a table's
+  index, a diffusion time, σ), or any function of flow time.
+
+Dtypes: the state is float32 or float64; a float16 or bfloat16 network is fed and read in its own dtype, and time
+reaches it in float32 at least (bfloat16 cannot tell step 750 from 752).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowsolve._batch import state_dtype
+from flowsolve.paths import Path, Point
+from flowsolve.predictions import Estimate, Prediction, SingularEstimate, resolve
+
+__all__ = ["Flow"]
+
+
+class Flow:
+    """A network that moves noise to data along a Gaussian path.
+
+    Args:
+        net: any callable net(x, t, **cond) that takes x of shape (B, *S) and t of shape (B,) and returns (B, *S).
+        path: the Gaussian path it was trained on.
+        prediction: what it outputs: "velocity", "noise", "score", "data", "v", or a `Prediction`.
+        time: the clock it reads: "flow", "native" (`path.native_time`), or a function from flow time (a float or a
+            tensor of shape (B,)) to the network's time.
+        dtype: the floating dtype it is fed; by default that of its first parameter, or of x if it has none.
+        data_range: the interval that the data's full integer range is mapped to, for `bits_per_dim`.
+        nfe_per_call: network evaluations that one call costs (2 for guidance that runs the network twice).
+
+    Raises:
+        ValueError: unknown prediction, or one that can nowhere be solved for data and noise.
+        TypeError: path is not a Path or net is not callable.
+    """
+
+    def __init__(
+        self,
+        net: Callable[..., Tensor],
+        path: Path,
+        prediction: str | Prediction = "velocity",
+        *,
+        time: str | Callable[[Any], Any] = "flow",
+        dtype: torch.dtype | None = None,
+        data_range: tuple[float, float] = (-1.0, 1.0),
+        nfe_per_call: int = 1,
+    ) -> None:
+        if not callable(net):
+            raise TypeError(f"net is a {type(net).__name__}; expected a callable net(x, t, **cond)")
+        if not isinstance(path, Path):
+            raise TypeError(f"path is {path!r}; expected a flowsolve.paths object such as CondOT() or VP()")
+        self.net = net
+        self.path = path
+        self.prediction = resolve(prediction)
+        if isinstance(time, str):
+            clocks = {"flow": lambda t: t, "native": path.native_time}
+            if time not in clocks:
+                raise ValueError(f"time = {time!r}; expected 'flow', 'native' or a function of flow time")
+            self.clock: Callable[[Any], Any] = clocks[time]
+        else:
+            self.clock = time
+        self.dtype = dtype if dtype is not None else _parameter_dtype(net)
+        self.data_range = data_range
+        self.nfe_per_call = nfe_per_call
+        if self.prediction.singular(path.at(0.5)):
+            raise SingularEstimate(
+                f"a {self.prediction.name!r} prediction on {path!r} repeats what x already says, so data and noise "
+                "cannot be told apart; check the row of the prediction"
+            )
+
+    def __repr__(self) -> str:
+        return f"Flow({type(self.net).__name__}, {self.path!r}, prediction={self.prediction.name!r})"
+
+    def require(self, t: float, what: str = "the grid") -> None:
+        """Raise SingularEstimate unless an estimate exists at flow time t."""
+        if self.prediction.singular(self.path.at(t)):
+            raise SingularEstimate(_singular_message(self, what, t))
+
+    def estimate(self, x: Tensor, t: float | Tensor, **cond: Any) -> Estimate:
+        """The estimate of data and noise at (x, t), by one network call.
+
+        Args:
+            x: state of shape (B, *S), scaled as the path scales it.
+            t: flow time, a float or a tensor of shape (B,).
+            **cond: passed to the network unchanged.
+
+        Returns:
+            An `Estimate` in x's dtype (float32 at least), whatever dtype the network computes in.
+
+        Raises:
+            SingularEstimate: the estimate does not exist at t.
+            ValueError: t outside [0, 1], or of a wrong shape; the network's output has not the shape of x.
+        """
+        point = self._point(x, t)
+        return self.read(x, self.call(x, t, **cond), point)
+
+    def call(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+        """The network's output at (x, t), in x's dtype (float32 at least)."""
+        native = self.clock(t)
+        dtype = state_dtype(x)
+        if isinstance(native, Tensor) and native.ndim:
+            time = native.to(device=x.device, dtype=dtype)
+        else:
+            time = torch.full((x.shape[0],), float(native), device=x.device, dtype=dtype)
+        output = self.net(x.to(self.dtype) if self.dtype is not None else x, time, **cond)
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"the network returned a {type(output).__name__}; expected a tensor. Wrap it, for example "
+                "Flow(lambda x, t: net(x, t).sample, ...)"
+            )
+        if output.shape != x.shape:
+            hint = ""
+            if output.ndim == x.ndim > 1 and output.shape[1] == 2 * x.shape[1]:
+                hint = "; twice the channels looks like a learned variance: keep the first half"
+            raise ValueError(
+                f"the network returned shape {tuple(output.shape)} for x of shape {tuple(x.shape)}; "
+                f"expected the same shape{hint}"
+            )
+        return output.to(dtype)
+
+    def read(self, x: Tensor, output: Tensor, point: Point) -> Estimate:
+        """The estimate that an output already at hand stands for."""
+        return Estimate(x.to(output.dtype), output, point, self.prediction.row(point))
+
+    def _point(self, x: Tensor, t: float | Tensor) -> Point:
+        if isinstance(t, Tensor) and t.ndim == 0:
+            t = float(t)
+        if isinstance(t, Tensor) and t.shape != x.shape[:1]:
+            raise ValueError(f"t has shape {tuple(t.shape)}; expected a float or one time a sample, ({x.shape[0]},)")
+        point = self.path.at(t)
+        if (not isinstance(t, Tensor) or t.device.type == "cpu") and self.prediction.singular(point):
+            raise SingularEstimate(_singular_message(self, "t", t))
+        return point
+
+    def velocity(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+        """u(x, t) = α̇ ẑ + σ̇ ε̂, shape (B, *S), per unit of flow time."""
+        return self.estimate(x, t, **cond).velocity
+
+    def score(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+        """∇ log p_t(x) = −ε̂/σ, shape (B, *S)."""
+        return self.estimate(x, t, **cond).score
+
+    def noise(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+        """ε̂(x, t), shape (B, *S)."""
+        return self.estimate(x, t, **cond).noise
+
+    def data(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+        """ẑ(x, t), shape (B, *S)."""
+        return self.estimate(x, t, **cond).data
+
+    def check(self, data: Tensor, **options: Any) -> Any:
+        """Test the declared conventions on a few data points; see `flowsolve.checks.check`."""
+        from flowsolve.checks import check
+
+        return check(self, data, **options)
+
+
+def _parameter_dtype(net: Any) -> torch.dtype | None:
+    if not isinstance(net, nn.Module):
+        return None
+    return next((p.dtype for p in net.parameters() if p.dtype.is_floating_point), None)
+
+
+def _singular_message(flow: Flow, what: str, t: float | Tensor) -> str:
+    name, path = flow.prediction.name, flow.path
+    if name == "data":
+        why, mend = "at σ = 0 the state is the data and says nothing of the noise", "end before it, for example at"
+        edge = path.time(min(path.log_snr(1.0), 7.0))
+    else:
+        why, mend = "at α = 0 the state is all noise and says nothing of the data", "start after it, for example at"
+        edge = path.time(max(path.log_snr(0.0), -7.0))
+    where = f"t = {t:g}" if isinstance(t, float) else "some t"
+    return f"{what} asks a {name!r} prediction at {where} of {path!r}, but {why}; {mend} t = {edge:.6g}"

@@ -1,0 +1,403 @@
+r"""`sample`, `encode` and `solve`: a flow or an ODE, a solver, and the direct driver between them.
+
+An argument is checked before the first evaluation: the grid is laid out (`plan`), and every node where the network
+will be asked must have an estimate. Then the driver of `flowsolve.drivers` takes over.
+
+Where a path ends beyond the times its network knows (`Path.window`: a discrete table's clean end), a solver that asks
+within its steps goes to the window's edge, and one Euler step with the estimate at the edge closes the gap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowsolve import charts, grids
+from flowsolve._batch import per_sample, select, state_dtype
+from flowsolve.charts import Chart
+from flowsolve.flow import Flow
+from flowsolve.grids import Grid
+from flowsolve.noise import START, Noise
+from flowsolve.paths import Path
+from flowsolve.solution import Solution
+from flowsolve.drivers import Ask, march, pursue
+from flowsolve.solvers.adaptive import Adaptive
+from flowsolve.solvers.base import Query, Solver, State, in_chart, inverse, scaled
+from flowsolve.solvers.runge_kutta import RungeKutta
+
+__all__ = ["encode", "integrate", "plan", "sample", "solve"]
+
+def sample(
+    flow: Flow,
+    shape: Sequence[int] | None = None,
+    *,
+    solver: Solver,
+    nfe: int | None = None,
+    grid: Any = "uniform",
+    chart: str | Chart | None = None,
+    start: Tensor | None = None,
+    interval: tuple[float, float] = (0.0, 1.0),
+    seed: int = 0,
+    samples: Sequence[int] | Tensor | None = None,
+    cond: Mapping[str, Any] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    progress: bool = False,
+    throw: bool = True,
+    grad: bool | None = None,
+) -> Solution:
+    """Sample a flow: carry noise at interval[0] to the state at interval[1].
+
+    Args:
+        flow: the flow.
+        shape: shape (B, *S) of the noise to start from; or give `start`.
+        solver: a solver of `flowsolve.solvers`.
+        nfe: evaluations to spend, exactly, on a fixed grid; the most a sample may spend with an adaptive solver.
+        grid: for fixed-grid solvers: "uniform", "log_snr", "karras", a spacing, or explicit flow times.
+        chart: for Runge–Kutta solvers: "straight" (the default), "data", "noise", "trig" or "native".
+        start: the state at interval[0], as the path scales it, instead of fresh noise.
+        interval: flow times (from, to).
+        seed: key of all noise, initial and in the steps.
+        samples: the global numbers of the samples, by default 0 … B−1: sample n is the same in any batch.
+        cond: passed to the network; tensors whose first dimension is B are taken per sample.
+        device: where to start from noise; by default where the network is.
+        dtype: dtype of the noise to start from.
+        progress: show a progress bar (needs tqdm).
+        throw: raise if any sample fails; otherwise its status says so.
+        grad: record gradients; by default only if `start` requires them.
+
+    Returns:
+        A `Solution`; its x has the state's dtype, float32 at least.
+
+    Raises:
+        SolverError: a sample failed and throw is True. The error carries the whole solution.
+        ValueError: bad times, grid, chart or budget, or an estimate that does not exist at a node.
+        TypeError: bad solver or options.
+    """
+    if (shape is None) == (start is None):
+        raise ValueError("give either shape=(B, *S), to start from noise, or start=x, to start from a state")
+    _check_interval(interval)
+    if start is None:
+        assert shape is not None
+        if interval[0] != 0.0:
+            raise ValueError(f"the interval starts at t = {interval[0]:g}; noise alone starts at 0, so give start=x")
+        blank = torch.empty(tuple(shape), device=device or _device(flow.net), dtype=dtype)
+        noise = _noise(seed, samples, blank.shape[0])
+        start = noise.normal(START, 0, blank) * flow.path.prior_std
+    else:
+        noise = _noise(seed, samples, start.shape[0])
+    return integrate(
+        flow, start, interval, solver=solver, nfe=nfe, grid=grid, chart=chart, noise=noise, cond=cond,
+        progress=progress, throw=throw, grad=grad,
+    )  # fmt: skip
+
+
+def encode(
+    flow: Flow,
+    x: Tensor,
+    *,
+    solver: Solver,
+    nfe: int | None = None,
+    grid: Any = "uniform",
+    chart: str | Chart | None = None,
+    interval: tuple[float, float] | None = None,
+    cond: Mapping[str, Any] | None = None,
+    progress: bool = False,
+    throw: bool = True,
+    grad: bool | None = None,
+) -> Solution:
+    """Carry data back to noise along the probability-flow ODE: the exact reverse of `sample`.
+
+    Args:
+        flow: the flow.
+        x: the state at interval[0], shape (B, *S).
+        interval: flow times (from, to), by default from the data end of the network's window to 0.
+
+    The other arguments, the result and the errors are those of `sample`; a solver that draws noise is refused.
+    """
+    interval = interval or (flow.path.window[1], 0.0)
+    _check_interval(interval)
+    if isinstance(solver, Solver) and solver.random:
+        raise ValueError(f"{solver!r} draws noise, so it cannot be traced back; encode with eta=0 or an ODE solver")
+    return integrate(
+        flow, x, interval, solver=solver, nfe=nfe, grid=grid, chart=chart, cond=cond, progress=progress,
+        throw=throw, grad=grad,
+    )  # fmt: skip
+
+
+def integrate(
+    flow: Flow,
+    x: Tensor,
+    interval: tuple[float, float],
+    *,
+    solver: Solver,
+    nfe: int | None = None,
+    grid: Any = "uniform",
+    chart: str | Chart | None = None,
+    noise: Noise | None = None,
+    cond: Mapping[str, Any] | None = None,
+    progress: bool = False,
+    throw: bool = True,
+    grad: bool | None = None,
+) -> Solution:
+    """Solve a flow over an interval of flow time in either direction; `sample` and `encode` without their defaults."""
+    ruler = None if chart is None else charts.resolve(chart)
+    _check_solver(solver)
+    x = _state(x)
+    budget = _estimates(nfe, flow)
+
+    def answer(query: Query, index: Tensor | None) -> Any:
+        return flow.estimate(query.x, query.t, **select(cond or {}, x.shape[0], index))
+
+    with _gradients(x, grad):
+        if isinstance(solver, Adaptive) and solver.adaptive:
+            ruler = ruler or charts.CHARTS["straight"]
+            solution = _adaptive(flow, x, interval, solver, ruler, budget, answer, progress)
+        else:
+            steps = plan(solver, flow, interval, grid, budget, ruler)
+            state = State(x, noise=noise)
+            solution = march(solver.on(flow, ruler), state, steps.intervals, answer, progress=progress)[1]
+    solution = replace(solution, nfe=solution.nfe * flow.nfe_per_call)
+    return solution.raise_on_failure() if throw else solution
+
+
+def plan(
+    solver: Solver,
+    flow: Flow,
+    interval: tuple[float, float],
+    grid: Any = "uniform",
+    nfe: int | None = None,
+    chart: Chart | None = None,
+) -> Grid:
+    """The grid on which a fixed-grid solver will spend exactly nfe estimates, validated before anything is computed.
+
+    Raises:
+        ValueError: neither nfe nor explicit times, a budget that contradicts them, times that are not a grid, or a
+            node where the estimate or the chart does not exist.
+    """
+    start, end = interval
+    edge = flow.path.window[1]
+    closing = solver.evaluations > 1 and start <= edge < end
+    spacing = grids.resolve(grid)
+    if isinstance(spacing, list):
+        counts = [solver.evaluations] * (len(spacing) - 1)
+        if spacing and solver.evaluations > 1 and spacing[-1] > edge:
+            counts[-1] = 1
+        steps = Grid(tuple(spacing), tuple(counts))
+        if nfe is not None and nfe != steps.nfe:
+            raise ValueError(
+                f"nfe = {nfe} but {solver!r} spends {steps.nfe} estimates on the {steps.steps} steps given; drop one"
+            )
+    else:
+        if nfe is None:
+            raise ValueError(f"{type(solver).__name__} steps on a fixed grid: give nfe=… or explicit times as grid=…")
+        if nfe < 1 + closing:
+            raise ValueError(f"nfe = {nfe}; expected at least {1 + closing} on {flow.path!r}")
+        counts = solver.schedule(nfe - closing)
+        times = spacing.times(flow.path, start, edge if closing else end, len(counts))
+        if closing:
+            times, counts = [*times, end], [*counts, 1]
+        steps = Grid(tuple(times), tuple(counts))
+    for i, t in enumerate(steps.times):
+        solver.require(flow, chart, t, last=i == steps.steps)
+    return steps
+
+
+def solve(
+    f: Callable[[Tensor, Tensor], Tensor],
+    y0: Tensor,
+    t0: float,
+    t1: float,
+    *,
+    solver: Solver,
+    nfe: int | None = None,
+    t_eval: Sequence[float] | Tensor | None = None,
+    batched: bool = True,
+    progress: bool = False,
+    throw: bool = True,
+) -> Solution:
+    """Solve any ODE dy/dt = f(t, y) from t0 to t1, in either direction.
+
+    Args:
+        f: the right-hand side. Its t is a tensor that broadcasts against y: 0-dimensional on a fixed grid, of shape
+            (B, 1, …, 1) in an adaptive solve, where every sample has its own time.
+        y0: initial state; (B, *S), or any shape with batched=False.
+        t0, t1: the interval.
+        solver: a Runge–Kutta solver.
+        nfe: evaluations to spend on equal steps, or the most a sample may spend with an adaptive solver.
+        t_eval: times at which to return the state, strictly monotone from t0 towards t1; they must be nodes of a fixed
+            grid, and adaptive steps land on them.
+        batched: the first axis of y0 numbers independent samples; False makes y0 one system with one step size and
+            0-dimensional t.
+        progress: show a progress bar (needs tqdm).
+        throw: raise if any sample fails.
+
+    Returns:
+        A `Solution`, with x of y0's shape, or (T, *y0.shape) with t_eval. Gradients flow if autograd records them.
+
+    Raises:
+        SolverError: a sample failed and throw is True.
+        ValueError, TypeError: bad times, budget, solver, or shape of f's result.
+    """
+    _check_solver(solver)
+    if not isinstance(solver, RungeKutta):
+        raise TypeError(f"{solver!r} works on flows only; a plain ODE needs a Runge–Kutta solver such as Dopri5()")
+    t0, t1 = float(t0), float(t1)
+    stops = _stops(t0, t1, t_eval)
+    single = y0.ndim == 0 or not batched
+    y = _state(y0.unsqueeze(0) if single else y0)
+
+    def answer(query: Query, index: Tensor | None) -> Tensor:
+        x, t = (query.x[0] if single else query.x), query.t
+        if isinstance(t, Tensor):
+            time = per_sample(t, query.x).reshape(()) if single else per_sample(t, query.x)
+        else:
+            time = torch.tensor(t, dtype=x.dtype, device=x.device)
+        slope = f(time, x)
+        if not isinstance(slope, Tensor) or slope.shape != x.shape:
+            got = tuple(slope.shape) if isinstance(slope, Tensor) else type(slope).__name__
+            raise ValueError(f"f(t, y) returned {got} for y of shape {tuple(x.shape)}; expected the same shape")
+        return (slope.unsqueeze(0) if single else slope).to(query.x.dtype)
+
+    if isinstance(solver, Adaptive) and solver.adaptive:
+        kept, solution = pursue(solver, y, t0, stops, answer, budget=nfe, progress=progress)
+    else:
+        if nfe is None:
+            raise ValueError(f"{type(solver).__name__} steps on a fixed grid: give nfe=…")
+        counts = solver.schedule(nfe)
+        times = [t0, *((t0 * (len(counts) - i) + t1 * i) / len(counts) for i in range(1, len(counts))), t1]
+        intervals = list(zip(times, times[1:], counts, strict=False)) if t0 != t1 else []
+        keep = _nodes(times, stops)
+        kept, solution = march(solver.step, State(y), intervals, answer, keep=keep, progress=progress)
+    x = torch.stack([k[0] if single else k for k in kept])
+    if t_eval is None:
+        solution = replace(solution, x=x[-1])
+    else:
+        solution = replace(solution, x=x, t_eval=torch.tensor(stops, dtype=torch.float64))
+    return solution.raise_on_failure() if throw else solution
+
+
+def _adaptive(
+    flow: Flow,
+    x: Tensor,
+    interval: tuple[float, float],
+    solver: Adaptive,
+    chart: Chart,
+    budget: int | None,
+    ask: Ask,
+    progress: bool,
+) -> Solution:
+    """An adaptive solve of a flow in a chart, and the closing step beyond the network's window."""
+    path, (start, end) = flow.path, interval
+    edge = path.window[1]
+    closing = start <= edge < end
+    last = edge if closing else end
+    for t in (start, last):
+        chart.require(path, t)
+        flow.require(t, "the interval")
+    least = 2 - (solver.first_step is not None) + solver.attempt_nfe + closing
+    if budget is not None and budget < least:
+        raise ValueError(f"nfe = {budget}; {type(solver).__name__} needs at least {least} to take one step")
+    s_last = chart.clock(path, last)
+    _, solution = pursue(
+        solver,
+        scaled(inverse(chart.scale(path.at(start))), x),
+        chart.clock(path, start),
+        [s_last],
+        ask,
+        translate=lambda inner: in_chart(inner, chart, path),
+        budget=None if budget is None else budget - closing,
+        progress=progress,
+    )
+    arrived = solution.t == s_last
+    t = torch.where(arrived, last, torch.as_tensor(chart.time(path, solution.t)))
+    y = scaled(chart.scale(path.at(t)), solution.x)
+    if not closing:
+        return replace(solution, x=y, t=t)
+    there = path.at(end)
+    closed = ask(Query(y, edge), None).combine(there.alpha, there.sigma)
+    y = torch.where(solution.ok.to(y.device).reshape(-1, *[1] * (y.ndim - 1)), closed, y)
+    return replace(solution, x=y, t=torch.where(solution.ok, end, t), nfe=solution.nfe + 1)
+
+
+def _check_solver(solver: Any) -> None:
+    if isinstance(solver, type):
+        raise TypeError(f"solver is the class {solver.__name__}; pass an instance, {solver.__name__}()")
+    if not isinstance(solver, Solver):
+        raise TypeError(f"solver is {solver!r}; expected a solver such as flowsolve.solvers.Dopri5()")
+
+
+def _check_interval(interval: tuple[float, float]) -> None:
+    if len(interval) != 2 or not all(0.0 <= t <= 1.0 for t in interval) or interval[0] == interval[1]:
+        raise ValueError(f"interval = {interval!r}; expected two different flow times in [0, 1], noise 0 and data 1")
+
+
+def _state(x: Tensor) -> Tensor:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = f"dtype {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"the state is of {got}; expected a floating-point tensor")
+    if x.ndim == 0:
+        raise ValueError("the state is 0-dimensional; expected a batch of shape (B, *S)")
+    return x.to(state_dtype(x))
+
+
+def _estimates(nfe: int | None, flow: Flow) -> int | None:
+    """The estimates that a budget of network evaluations buys."""
+    if nfe is None:
+        return None
+    if isinstance(nfe, bool) or not isinstance(nfe, int) or nfe < 1:
+        raise ValueError(f"nfe = {nfe!r}; expected an integer >= 1")
+    if nfe % flow.nfe_per_call:
+        raise ValueError(f"nfe = {nfe} is not a multiple of the {flow.nfe_per_call} evaluations an estimate costs here")
+    return nfe // flow.nfe_per_call
+
+
+def _noise(seed: int, samples: Sequence[int] | Tensor | None, count: int) -> Noise:
+    noise = Noise.of(seed, count if samples is None else samples)
+    if noise.samples.shape[0] != count:
+        raise ValueError(f"samples lists {noise.samples.shape[0]} numbers for a batch of {count}")
+    return noise
+
+
+def _stops(t0: float, t1: float, t_eval: Sequence[float] | Tensor | None) -> list[float]:
+    if t_eval is None:
+        return [t1]
+    stops = [float(t) for t in t_eval]
+    sign = 1.0 if t1 >= t0 else -1.0
+    line = [sign * t for t in (t0, *stops, t1)]
+    if not stops or any(b < a for a, b in zip(line, line[1:], strict=False)) or len(set(stops)) < len(stops):
+        raise ValueError(f"t_eval = {stops}; expected strictly monotone times from t0 = {t0:g} towards t1 = {t1:g}")
+    return stops
+
+
+def _nodes(times: Sequence[float], stops: Sequence[float]) -> set[int]:
+    """The positions of the stops in a grid of times."""
+    span = abs(times[-1] - times[0])
+    keep = set()
+    for stop in stops:
+        i = min(range(len(times)), key=lambda j: abs(times[j] - stop))
+        if abs(times[i] - stop) > 1e-9 * span:
+            raise ValueError(
+                f"t_eval asks for t = {stop:g}, which is not a node of the {len(times) - 1} equal steps that nfe "
+                "gives; choose nfe so that it is, or an adaptive solver"
+            )
+        keep.add(i)
+    return keep
+
+
+def _device(net: Any) -> torch.device:
+    parameter = next(net.parameters(), None) if isinstance(net, nn.Module) else None
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+@contextmanager
+def _gradients(x: Tensor, grad: bool | None) -> Iterator[None]:
+    """Record gradients if asked to, or, by default, if the input requires them."""
+    wanted = x.requires_grad if grad is None else grad
+    with torch.set_grad_enabled(wanted and torch.is_grad_enabled()):
+        yield

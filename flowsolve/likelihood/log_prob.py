@@ -1,0 +1,183 @@
+r"""log p(x) of a flow, by carrying a sample to the noise and adding up the divergence on the way.
+
+In a chart, $y = x/c$ obeys $dy/ds = f(y, s)$ and (Chen et al. 2018)
+
+$$ \log p_y(y_1) = \log p_y(y_0) - \int_{s_0}^{s_1} \operatorname{tr}\frac{\partial f}{\partial y}\,ds,
+   \qquad \log p_x = \log p_y - D\log c . $$
+
+$f$ is a combination of ẑ and ε̂, hence $f = k_x x + k_o\,o(x)$ with two known numbers (`flowsolve.predictions`), and
+
+$$ \operatorname{tr}\frac{\partial f}{\partial y} = c\,\Bigl(k_x D + k_o \operatorname{tr}\frac{\partial o}{\partial x}\Bigr):$$
+
+the linear part is exact, and only the trace of the network's own Jacobian is estimated, in the same pass that gives its
+value. State and log-determinant are integrated together; each has its own norm in the step control, so that D numbers
+of state do not drown the one of the density.
+
+At the noise end the density is the prior's, $N(0, \text{prior\_std}^2)$, unless another is given. On a path whose noise
+end keeps signal (VP, VE, EDM) that is the model one samples from, not the exact marginal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowsolve import charts
+from flowsolve._batch import per_sample, select, state_dtype
+from flowsolve.charts import Chart
+from flowsolve.drivers import march, pursue
+from flowsolve.flow import Flow
+from flowsolve.integrate import plan
+from flowsolve.likelihood import trace as traces
+from flowsolve.noise import Noise
+from flowsolve.solution import Solution
+from flowsolve.solvers.adaptive import Adaptive, rms
+from flowsolve.solvers.base import Query, Solver, State
+from flowsolve.solvers.runge_kutta import RungeKutta
+
+__all__ = ["LogProb", "log_prob"]
+
+
+@dataclass(frozen=True)
+class LogProb:
+    """Log-densities, one entry a sample.
+
+    Attributes:
+        log_prob: nats, shape (B,); NaN for a sample whose solve failed.
+        stderr: standard error of log_prob from the trace probes, shape (B,): 0 with the exact trace, NaN with a single
+            probe, which cannot tell.
+        nfe: network evaluations of each sample, int64 of shape (B,).
+        latent: the state at the noise end, shape (B, *S).
+        solution: how the solve went.
+    """
+
+    log_prob: Tensor
+    stderr: Tensor
+    nfe: Tensor
+    latent: Tensor
+    solution: Solution
+
+
+def log_prob(
+    flow: Flow,
+    x: Tensor,
+    *,
+    solver: Solver,
+    trace: str = "hutchinson",
+    probes: int = 1,
+    seed: int = 0,
+    samples: Sequence[int] | Tensor | None = None,
+    nfe: int | None = None,
+    grid: Any = "uniform",
+    chart: str | Chart | None = None,
+    interval: tuple[float, float] | None = None,
+    prior: Callable[[Tensor], Tensor] | None = None,
+    cond: Mapping[str, Any] | None = None,
+    progress: bool = False,
+    throw: bool = True,
+    grad: bool | None = None,
+) -> LogProb:
+    """The log-density that a flow gives to x, in nats.
+
+    Args:
+        flow: the flow; autograd must see through its network.
+        x: the state at interval[0], shape (B, *S).
+        solver: a Runge–Kutta solver, adaptive or on a fixed grid.
+        trace: "hutchinson", or "exact" (D backward passes an evaluation).
+        probes: Hutchinson probes a sample, in one pass; two or more give a standard error.
+        seed: key of the probes.
+        samples: the global numbers of the samples, by default 0 … B−1.
+        nfe: evaluations to spend, exactly, on a fixed grid; the most a sample may spend with an adaptive solver.
+        grid: spacing of a fixed grid; see `flowsolve.sample`.
+        chart: the chart to integrate in, by default "straight".
+        interval: flow times (from data, to noise), by default from the data end of the network's window to 0.
+        prior: log-density (B, *S) → (B,) of the state at interval[1], by default that of N(0, prior_std²).
+        cond: passed to the network; tensors whose first dimension is B are taken per sample.
+        progress: show a progress bar (needs tqdm).
+        throw: raise if any sample fails.
+        grad: record gradients; by default only if x requires them. True also serves parameters.
+
+    Returns:
+        A `LogProb`.
+
+    Raises:
+        SolverError: a sample failed and throw is True.
+        ValueError: bad times, grid, chart, trace or budget, or an estimate that does not exist on the interval.
+        TypeError: a solver that is not a Runge–Kutta solver.
+    """
+    if not isinstance(solver, RungeKutta):
+        raise TypeError(f"solver is {solver!r}; log_prob needs a Runge–Kutta solver such as Dopri5() or RK4()")
+    path = flow.path
+    start, end = interval or (path.window[1], 0.0)
+    if not 0.0 <= end < start <= path.window[1]:
+        raise ValueError(
+            f"interval = {(start, end)!r}; expected times that fall from data to noise, within the network's window "
+            f"[0, {path.window[1]:g}]"
+        )
+    if prior is None and end != 0.0:
+        raise ValueError(f"the interval ends at t = {end:g}, where the density is not the prior's; give prior=…")
+    ruler = charts.CHARTS["straight"] if chart is None else charts.resolve(chart)
+    for t in (start, end):
+        ruler.require(path, t)
+        flow.require(t, "the interval")
+    graph = torch.is_grad_enabled() and (x.requires_grad if grad is None else grad)
+    x = x.to(state_dtype(x))
+    count, size = x.shape[0], math.prod(x.shape[1:])
+    noise = Noise.of(seed, count if samples is None else samples)
+    estimator = traces.resolve(trace, probes, x.detach(), noise)
+    shared = dict(cond or {})
+
+    def answer(query: Query, index: Tensor | None) -> Tensor:
+        t = ruler.time(path, query.t)
+        c = ruler.scale(path.at(t))
+        with torch.enable_grad():
+            y = query.x[:, :size].reshape(-1, *x.shape[1:])
+            here = per_sample(c, y) * y
+            here = here if graph else here.detach()
+            here = here if here.requires_grad else here.requires_grad_()
+            estimate = flow.estimate(here, t, **select(shared, count, index))
+            row = ruler.row(estimate.point, query.t)
+            k_x, k_o = estimate.coefficients(*row)
+            jacobian = estimator(estimate.output, here, index, graph)
+            slope = estimate.combine(*row)
+            divergence = per_sample(c, jacobian) * (
+                per_sample(k_x, jacobian) * size + per_sample(k_o, jacobian) * jacobian
+            )
+            out = torch.cat((slope.flatten(1), divergence), 1)
+        return out if graph else out.detach()
+
+    first = x.flatten(1) / ruler.scale(path.at(start))
+    joint = torch.cat((first, first.new_zeros(count, estimator.count)), 1)
+    s_start, s_end = ruler.clock(path, start), ruler.clock(path, end)
+    with torch.set_grad_enabled(graph):
+        if isinstance(solver, Adaptive) and solver.adaptive:
+            control = replace(solver, norm=lambda e: torch.maximum(solver.norm(e[:, :size]), e[:, size:].abs().amax(1)))
+            _, solution = pursue(control, joint, s_start, [s_end], answer, budget=nfe, progress=progress)
+        else:
+            steps = plan(solver, flow, (start, end), grid, nfe, ruler)
+            clock = [ruler.clock(path, t) for t in steps.times]
+            intervals = list(zip(clock, clock[1:], steps.evaluations, strict=False))
+            _, solution = march(solver.step, State(joint), intervals, answer, progress=progress)
+        latent = solution.x[:, :size].reshape(x.shape) * ruler.scale(path.at(end))
+        logdets = solution.x[:, size:]
+        base = normal_log_prob(latent, path.prior_std) if prior is None else prior(latent)
+        change = size * math.log(ruler.scale(path.at(end)) / ruler.scale(path.at(start)))
+        value = base + logdets.mean(1) + change
+    if throw:
+        solution.raise_on_failure()
+    value = torch.where(solution.ok.to(value.device), value, float("nan"))
+    spread = logdets.detach().std(1) / math.sqrt(estimator.count) if estimator.count > 1 else value.detach() * math.nan
+    stderr = torch.zeros_like(spread) if isinstance(estimator, traces.Exact) else spread
+    nfe_spent = solution.nfe * flow.nfe_per_call
+    return LogProb(value, stderr, nfe_spent, latent, replace(solution, nfe=nfe_spent))
+
+
+def normal_log_prob(x: Tensor, std: float) -> Tensor:
+    """log N(x; 0, std² I), summed over all but the first dimension."""
+    x = x.flatten(1)
+    return -0.5 * (x / std).square().sum(1) - x.shape[1] * (math.log(std) + 0.5 * math.log(2.0 * math.pi))

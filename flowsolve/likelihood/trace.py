@@ -1,0 +1,109 @@
+r"""Traces of a network's Jacobian, from the graph of the very call that gave its value.
+
+For the output $o(x)$ of one forward pass, a vector–Jacobian product $v^\top \partial o/\partial x$ costs one backward
+pass over the same graph. From these:
+
+* **exact**: $\operatorname{tr} J = \sum_i e_i^\top J e_i$, one product for each of the D numbers of a sample;
+* **Hutchinson** (1990): $\operatorname{tr} J = \mathbb E\, v^\top J v$ for random signs $v$. Its variance,
+  $2\,(\|A\|_F^2 - \sum_i A_{ii}^2)$ with $A$ the symmetric part of $J$, is the least among independent probes; the
+  diagonal, and with it every multiple of the identity, is exact.
+
+The probes of a sample are fixed for a whole solve, so that the integrand stays a smooth function of time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flowsolve.noise import PROBE, Noise
+
+__all__ = ["Exact", "Hutchinson", "Trace", "resolve"]
+
+
+class Trace:
+    """An estimator of tr ∂o/∂x for each sample; `count` estimates of it at once."""
+
+    count: int
+
+    def __call__(self, output: Tensor, x: Tensor, index: Tensor | None, graph: bool) -> Tensor:
+        """(B, count) estimates from an output's graph; index are the samples' positions, graph keeps derivatives."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Exact(Trace):
+    """The sum of the diagonal, by D products in chunks.
+
+    Attributes:
+        chunk: products computed at once; more is faster and takes more memory.
+    """
+
+    chunk: int = 16
+    count = 1
+
+    def __call__(self, output: Tensor, x: Tensor, index: Tensor | None, graph: bool) -> Tensor:
+        """The trace, (B, 1)."""
+        size = x[0].numel()
+        total = x.new_zeros(x.shape[0])
+        for first in range(0, size, self.chunk):
+            rows = torch.arange(first, min(first + self.chunk, size), device=x.device)
+            basis = torch.nn.functional.one_hot(rows, size).to(x.dtype)
+            vectors = basis.unsqueeze(1).expand(-1, x.shape[0], -1).reshape(len(rows), *x.shape)
+            products = _products(output, x, vectors, graph).flatten(2)
+            total = total + (products * basis.unsqueeze(1)).sum((0, 2))
+        return total.unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class Hutchinson(Trace):
+    """vᵀJv for fixed probes.
+
+    Attributes:
+        probes: vectors v of shape (count, B, *S), for the whole batch.
+    """
+
+    probes: Tensor
+
+    @property
+    def count(self) -> int:  # type: ignore[override]
+        """The number of probes a sample has."""
+        return self.probes.shape[0]
+
+    def __call__(self, output: Tensor, x: Tensor, index: Tensor | None, graph: bool) -> Tensor:
+        """One estimate a probe, (B, count)."""
+        probes = self.probes if index is None else self.probes.index_select(1, index.to(self.probes.device))
+        return (_products(output, x, probes, graph) * probes).flatten(2).sum(2).T
+
+
+def _products(output: Tensor, x: Tensor, vectors: Tensor, graph: bool) -> Tensor:
+    """vᵀ ∂o/∂x for each v of shape (m, B, *S)."""
+    if not output.requires_grad:
+        raise ValueError(
+            "the network's output does not depend on x for autograd, so its divergence cannot be read; remove "
+            "no_grad, inference_mode, detach or NumPy from the network's forward pass"
+        )
+    many = vectors.shape[0] > 1
+    (product,) = torch.autograd.grad(
+        output,
+        x,
+        vectors if many else vectors[0],
+        retain_graph=True,
+        create_graph=graph,
+        materialize_grads=True,
+        is_grads_batched=many,
+    )
+    return product if many else product.unsqueeze(0)
+
+
+def resolve(trace: str, probes: int, x: Tensor, noise: Noise) -> Trace:
+    """The estimator of a name, with probes drawn for a batch."""
+    if trace == "exact":
+        return Exact()
+    if trace != "hutchinson":
+        raise ValueError(f"trace = {trace!r} is not known; expected 'hutchinson' or 'exact'")
+    if isinstance(probes, bool) or not isinstance(probes, int) or probes < 1:
+        raise ValueError(f"probes = {probes!r}; expected an integer >= 1")
+    return Hutchinson(torch.stack([noise.rademacher(PROBE, k, x) for k in range(probes)]))

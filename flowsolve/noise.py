@@ -1,0 +1,121 @@
+r"""Noise that belongs to a sample: a function of (seed, sample, stream, interval) and of nothing else.
+
+A generator that is read in sequence gives a sample other noise when its batch, its order or its device changes. Here
+each number is computed from its address by a counter-based generator, Philox4x32-10 (Salmon et al. 2011): the key is
+the seed, the counter is (block, interval, sample, stream), and the four 32-bit words it returns become four normals by
+Box and Muller's transform,
+
+$$ \sqrt{-2\ln u_1}\,(\cos 2\pi u_2,\ \sin 2\pi u_2), \qquad u = (w + \tfrac12)\,2^{-32}. $$
+
+Streams keep the uses of one sample apart: its start, its steps, its trace probes, its dequantisation. All arithmetic
+on words is integer and exact, so every device sees the same bits; the transform is computed in float64 (float32 where
+a device has no more) and then cast.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["DEQUANTIZE", "PROBE", "START", "STEP", "Noise", "philox"]
+
+START, STEP, PROBE, DEQUANTIZE = range(4)
+
+MASK = 0xFFFFFFFF
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
+
+
+def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
+    """Philox4x32-10: four words from a counter of four words, as int64 tensors with values in [0, 2³²).
+
+    Args:
+        counter: four int64 tensors of broadcastable shapes.
+        key: two words.
+
+    Returns:
+        Four int64 tensors of the broadcast shape.
+    """
+    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+    k0, k1 = key
+    for _ in range(10):
+        # int64 products wrap modulo 2⁶⁴, which keeps the bits; the mask undoes the sign of the shift.
+        p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            (p1 >> 32).bitwise_and_(MASK).bitwise_xor_(c1).bitwise_xor_(k0),
+            p1.bitwise_and_(MASK),
+            (p0 >> 32).bitwise_and_(MASK).bitwise_xor_(c3).bitwise_xor_(k1),
+            p0.bitwise_and_(MASK),
+        )
+        k0, k1 = (k0 + WEYL[0]) & MASK, (k1 + WEYL[1]) & MASK
+    return [c0, c1, c2, c3]
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The noise of a batch of samples.
+
+    Attributes:
+        seed: any integer; its lowest 64 bits are the key.
+        samples: the global number of each sample of the batch, int64 of shape (B,): what makes sample 7 the same
+            sample in any batch.
+    """
+
+    seed: int
+    samples: Tensor
+
+    @classmethod
+    def of(cls, seed: int, samples: int | Sequence[int] | Tensor) -> Noise:
+        """Noise for the samples numbered 0 … n−1, or for those listed."""
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed = {seed!r}; expected an int")
+        numbers = torch.arange(samples) if isinstance(samples, int) else torch.as_tensor(samples, dtype=torch.int64)
+        if numbers.ndim != 1 or bool(((numbers < 0) | (numbers > MASK)).any()):
+            raise ValueError("sample numbers must be a flat list of integers in [0, 2**32)")
+        return cls(seed, numbers)
+
+    def select(self, index: Tensor) -> Noise:
+        """The noise of some samples of the batch, by position."""
+        return Noise(self.seed, self.samples[index.to(self.samples.device)])
+
+    def words(self, stream: int, interval: int, count: int, device: torch.device) -> Tensor:
+        """(B, 4·⌈count/4⌉) random 32-bit words as int64."""
+        blocks = -(-count // 4)
+        samples = self.samples.to(device).unsqueeze(1)
+        counter = (
+            torch.arange(blocks, device=device).unsqueeze(0),
+            torch.full_like(samples, interval & MASK),
+            samples,
+            torch.full_like(samples, stream),
+        )
+        return torch.stack(philox(counter, (self.seed & MASK, (self.seed >> 32) & MASK)), dim=-1).flatten(1)
+
+    def uniform(self, stream: int, interval: int, like: Tensor) -> Tensor:
+        """Uniform numbers in (0, 1) of the shape (B, *S), dtype and device of `like`."""
+        count = math.prod(like.shape[1:])
+        w = self.words(stream, interval, count, like.device)[:, :count]
+        u = ((w.to(_wide(like)) + 0.5) * 2.0**-32).reshape(like.shape).to(like.dtype)
+        return u.clamp_max_(1.0 - torch.finfo(like.dtype).eps / 2)  # rounding to the dtype may reach 1
+
+    def normal(self, stream: int, interval: int, like: Tensor) -> Tensor:
+        """Standard normals of the shape (B, *S), dtype and device of `like`."""
+        count = math.prod(like.shape[1:])
+        w = self.words(stream, interval, count, like.device)
+        u = ((w.to(_wide(like)) + 0.5) * 2.0**-32).unflatten(1, (-1, 2))
+        radius, angle = u[..., 0].clamp_max(1.0).log().mul(-2.0).sqrt(), u[..., 1] * (2.0 * math.pi)
+        pairs = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1)
+        return pairs.flatten(1)[:, :count].reshape(like.shape).to(like.dtype)
+
+    def rademacher(self, stream: int, interval: int, like: Tensor) -> Tensor:
+        """Random signs ±1 of the shape (B, *S), dtype and device of `like`."""
+        count = math.prod(like.shape[1:])
+        w = self.words(stream, interval, count, like.device)[:, :count]
+        return ((w >> 31) * 2 - 1).reshape(like.shape).to(like.dtype)
+
+
+def _wide(like: Tensor) -> torch.dtype:
+    return torch.float32 if like.device.type == "mps" else torch.float64

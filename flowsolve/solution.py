@@ -1,0 +1,83 @@
+"""What a solve returns: the states, what they cost, and how each sample ended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flowsolve.solvers.adaptive import Status
+
+__all__ = ["Solution", "SolverError"]
+
+REASONS = {
+    Status.RUNNING: "still running",
+    Status.SUCCESS: "reached the end",
+    Status.NONFINITE: "met a value that is not finite",
+    Status.UNDERFLOW: "step size fell below the resolution of time (the field is not smooth there, or too stiff)",
+    Status.BUDGET: "evaluation budget spent",
+    Status.MAX_STEPS: "max_steps attempts made",
+}
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The outcome of a solve, with one entry a sample in every field but `x`'s trailing ones.
+
+    Attributes:
+        x: states at the end, shape (B, *S); with t_eval, shape (T, B, *S). A sample that failed holds its last
+            accepted state (adaptive) or what the arithmetic gave (fixed grid).
+        nfe: network evaluations each sample cost, int64 of shape (B,).
+        status: a `Status` for each sample, int64 of shape (B,).
+        accepted: accepted steps, int64 of shape (B,).
+        rejected: rejected steps, int64 of shape (B,).
+        t: the time each sample reached, or that of the first value that was not finite; float64 of shape (B,).
+        t_eval: the times of x's first axis, if asked for.
+    """
+
+    x: Tensor
+    nfe: Tensor
+    status: Tensor
+    accepted: Tensor
+    rejected: Tensor
+    t: Tensor
+    t_eval: Tensor | None = None
+
+    @property
+    def ok(self) -> Tensor:
+        """Which samples reached the end, bool of shape (B,)."""
+        return self.status == Status.SUCCESS
+
+    @property
+    def messages(self) -> list[str]:
+        """One sentence a sample."""
+        rows = zip(self.status.tolist(), self.t.tolist(), self.nfe.tolist(), strict=True)
+        return [f"{REASONS[Status(s)]} at t = {t:.6g} after {n} evaluations" for s, t, n in rows]
+
+    def raise_on_failure(self) -> Solution:
+        """This solution if every sample reached the end; otherwise raise `SolverError`."""
+        if not bool(self.ok.all()):
+            raise SolverError(self)
+        return self
+
+
+class SolverError(RuntimeError):
+    """Some samples did not reach the end. The others did: everything is in `solution`.
+
+    Attributes:
+        solution: the whole `Solution`, as `throw=False` would have returned it.
+        samples: positions in the batch of the samples that failed.
+    """
+
+    def __init__(self, solution: Solution) -> None:
+        self.solution = solution
+        self.samples: list[int] = torch.nonzero(~solution.ok).flatten().tolist()
+        messages = solution.messages
+        lines = [f"sample {i}: {messages[i]}" for i in self.samples[:5]]
+        if len(self.samples) > 5:
+            lines.append(f"and {len(self.samples) - 5} more")
+        super().__init__(
+            f"{len(self.samples)} of {len(messages)} samples did not reach the end: {'; '.join(lines)}. "
+            "The others are complete: pass throw=False to get them all, or read .solution of this error."
+        )

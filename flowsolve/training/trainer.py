@@ -1,0 +1,227 @@
+r"""A small trainer that can be stopped anywhere and continued to the same bit.
+
+AdamW with gradient clipping, a linear warm-up followed by a cosine decay,
+
+$$ \mathrm{lr}(n) = \mathrm{lr}\cdot\min\Bigl(1, \frac{n+1}{W}\Bigr)\cdot
+   \Bigl[f + (1-f)\,\tfrac12\bigl(1 + \cos\tfrac{\pi n}{N}\bigr)\Bigr], \qquad n = 0 \dots N-1, $$
+
+and an exponential moving average of the weights.
+
+All randomness of step $n$ (the batch, times, noise, dropout) is a function of (seed, n): the loss receives a
+generator seeded for the step, and torch's global generators are seeded alike around it and put back
+afterwards. The state is therefore weights, moments and counters, no generator, and a run that was interrupted
+gives the weights of one that was not.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from flowsolve.training.ema import EMA
+
+__all__ = ["Trainer"]
+
+
+class Trainer:
+    """Minimise a loss over the parameters of a module.
+
+    Args:
+        module: the network; trained in place, on its device.
+        loss: loss(generator) draws a batch with the host generator it is given and returns a scalar.
+        steps: N, the length of the whole run, which the learning rate decays over.
+        lr: peak learning rate.
+        warmup: W, steps of linear warm-up.
+        final_lr: f, the share of lr left at the end.
+        weight_decay: AdamW's.
+        betas: AdamW's.
+        clip: largest norm of the gradient; None leaves it alone.
+        ema_decay: decay of the averaged weights.
+        seed: seed of the run.
+        log_every: steps whose mean loss makes one entry of `losses`.
+
+    Attributes:
+        step: steps done.
+        ema: the averaged weights, an `EMA`; `ema.module` is the trained network.
+        losses: mean loss of each completed stretch of `log_every` steps.
+
+    Raises:
+        ValueError: steps, log_every or lr not positive, warmup negative.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        loss: Callable[[torch.Generator], Tensor],
+        *,
+        steps: int,
+        lr: float = 1e-3,
+        warmup: int = 0,
+        final_lr: float = 0.0,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        clip: float | None = 1.0,
+        ema_decay: float = 0.999,
+        seed: int = 0,
+        log_every: int = 100,
+    ) -> None:
+        if steps < 1 or log_every < 1 or warmup < 0 or not lr > 0:
+            raise ValueError(
+                f"steps = {steps}, log_every = {log_every}, warmup = {warmup}, lr = {lr}; "
+                "expected steps and log_every >= 1, warmup >= 0 and lr > 0"
+            )
+        self.module = module
+        self.loss = loss
+        self.steps = steps
+        self.lr = lr
+        self.warmup = warmup
+        self.final_lr = final_lr
+        self.clip = clip
+        self.seed = seed
+        self.log_every = log_every
+        self.ema = EMA(module, ema_decay)
+        self.optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=betas, weight_decay=weight_decay)
+        self.step = 0
+        self.losses: list[float] = []
+        self._sum = torch.zeros(
+            (), dtype=torch.float32
+        )  # of the losses since the last entry; read once an entry
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        ramp = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        cosine = 0.5 * (1.0 + math.cos(math.pi * step / self.steps))
+        return self.lr * ramp * (self.final_lr + (1.0 - self.final_lr) * cosine)
+
+    def run(
+        self,
+        until: int | None = None,
+        *,
+        checkpoint: str | Path | None = None,
+        every: int = 1000,
+        progress: bool = False,
+    ) -> nn.Module:
+        """Train up to a step, or to the end.
+
+        Args:
+            until: the step to stop before; by default N.
+            checkpoint: file that the full state is saved to every `every` steps and at the end.
+            every: steps between checkpoints.
+            progress: show a bar (needs tqdm).
+
+        Returns:
+            The averaged network, `ema.module`.
+
+        Raises:
+            FloatingPointError: the loss is not finite. The last checkpoint is left as it was.
+        """
+        last = self.steps if until is None else min(until, self.steps)
+        self.module.train()
+        bar = self._bar(last) if progress else None
+        try:
+            while self.step < last:
+                self._advance()
+                if bar is not None:
+                    bar.update()
+                if self.step % self.log_every == 0:
+                    self._log()
+                    if bar is not None:
+                        bar.set_postfix(loss=f"{self.losses[-1]:.5f}")
+                if checkpoint is not None and (self.step % every == 0 or self.step == last):
+                    self._require_finite(float(self._sum))
+                    self.save(checkpoint)
+        finally:
+            if bar is not None:
+                bar.close()
+        return self.ema.module
+
+    def _advance(self) -> None:
+        """One step of gradient descent."""
+        with self._randomness() as generator:
+            loss = self.loss(generator)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+        if self.clip is not None:
+            nn.utils.clip_grad_norm_(self.module.parameters(), self.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(self.step)
+        self.optimizer.step()
+        self.ema.update()
+        self._sum = self._sum.to(loss.device) + loss.detach().float()
+        self.step += 1
+
+    @contextmanager
+    def _randomness(self) -> Iterator[torch.Generator]:
+        """The step's generator, with the global generators seeded alike and restored afterwards."""
+        seed = int(np.random.SeedSequence((self.seed, self.step)).generate_state(1, np.uint64)[0]) >> 1
+        device = next(self.module.parameters()).device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            yield torch.Generator().manual_seed(seed ^ 1)
+
+    def _log(self) -> None:
+        total = float(self._sum)
+        self._require_finite(total)
+        self.losses.append(total / self.log_every)
+        self._sum = torch.zeros_like(self._sum)
+
+    def _require_finite(self, total: float) -> None:
+        if not math.isfinite(total):
+            raise FloatingPointError(
+                f"the loss became {total} in the last {self.log_every} steps before step {self.step}; lower "
+                f"lr (now {self.lr:g}), lengthen the warm-up or look for non-finite data"
+            )
+
+    def _bar(self, last: int) -> Any:
+        from flowsolve._optional import require
+
+        return require("tqdm", "cli", "a progress bar").tqdm(total=last, initial=self.step, unit="step")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The full state: tensors, numbers and strings only."""
+        return {
+            "step": self.step,
+            "steps": self.steps,
+            "seed": self.seed,
+            "losses": list(self.losses),
+            "sum": self._sum,
+            "module": self.module.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a `state_dict` of the same run.
+
+        Raises:
+            ValueError: the state is of a run with another length or seed.
+        """
+        for name in ("steps", "seed"):
+            if state[name] != getattr(self, name):
+                raise ValueError(f"the state has {name} = {state[name]}, this run has {getattr(self, name)}")
+        self.module.load_state_dict(state["module"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.losses = [float(v) for v in state["losses"]]
+        self._sum = state["sum"]
+        self.step = int(state["step"])
+
+    def save(self, file: str | Path) -> None:
+        """Write the state; a crash in the middle leaves the former file."""
+        file = Path(file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_name(file.name + ".part")
+        torch.save(self.state_dict(), part)
+        os.replace(part, file)
+
+    def load(self, file: str | Path) -> None:
+        """Continue from a file written by `save`; nothing in it is executed."""
+        self.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
