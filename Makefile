@@ -48,7 +48,7 @@ docs: $(VENV)/.dev ## build the documentation into site/
 	@echo "docs: site/index.html"
 
 build: $(VENV)/.dev ## wheel into dist/
-	@$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	@$(BIN)/python -m pip wheel -qq --no-deps --wheel-dir dist .
 
 clean: ## remove what the targets wrote, but not .venv
 	@rm -rf build demo dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
@@ -70,10 +70,10 @@ $(BIN)/python:
 
 $(VENV)/.demo: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@echo "installing what the demo needs"
-	@$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[bench]'
+	@$(BIN)/python -m pip install -qq -c $(CONSTRAINTS) -e '.[bench]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@echo "installing the development tools"
-	@$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[dev,docs]'
+	@$(BIN)/python -m pip install -qq -c $(CONSTRAINTS) -e '.[dev,docs]'
 	@touch $(VENV)/.demo $@

@@ -33,7 +33,8 @@ def per_sample(c: Any, x: Tensor) -> Any:
 def linear(a: Any, x: Tensor, b: Any, y: Tensor) -> Tensor:
     """a·x + b·y with coefficients that are floats or one number a sample; zeros and ones cost nothing."""
     if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return per_sample(a, x) * x + per_sample(b, y) * y
+        total: Tensor = per_sample(a, x) * x + per_sample(b, y) * y
+        return total
     if a == 0.0:
         return y if b == 1.0 else b * y
     if b == 0.0:
@@ -51,6 +52,6 @@ def select(cond: Mapping[str, Any], count: int, index: Tensor | None) -> dict[st
     if index is None:
         return dict(cond)
     return {
-        k: v.indexselect(0, index.to(v.device)) if isinstance(v, Tensor) and v.ndim and v.shape[0] == count else v
+        k: v.index_select(0, index.to(v.device)) if isinstance(v, Tensor) and v.ndim and v.shape[0] == count else v
         for k, v in cond.items()
     }

@@ -9,7 +9,7 @@ alone:
 | `straight` | $\alpha+\sigma$ | $\alpha/(\alpha+\sigma)$ | $\hat z-\hat\varepsilon$ | both ends |
 | `data` | $\sigma$ | $\alpha/\sigma$ | $\hat z$ | the noise end |
 | `noise` | $\alpha$ | $\sigma/\alpha$ | $\hat\varepsilon$ | the data end |
-| `trig` | $\sqrt{\alpha^2+\sigma^2}$ | $\operatorname{atan2}(\alpha, \sigma)$ | $\hat z\cos s-\hat\varepsilon\sin s$ | both ends |
+| `trig` | $\sqrt{\alpha^2+\sigma^2}$ | $\arctan(\alpha/\sigma)$ | $\hat z\cos s-\hat\varepsilon\sin s$ | both ends |
 | `native` | $1$ | $t$ | $\dot\alpha\hat z+\dot\sigma\hat\varepsilon$ | as the path |
 
 In the first three $dy/ds$ has constant coefficients, so an Euler step is exact for a frozen estimate: it is DDIM,

@@ -53,8 +53,8 @@ def march(
     kept = [state.x] if 0 in keep else []
     sums: list[Tensor] = []  # a sum of finite numbers is finite: one small reduction a step, read at the end
     with _bar(progress, len(intervals), "step") as bar:
-        for i, (t, t_next, evaluations) in enumerate(intervals):
-            state = run(step(state, t, t_next, evaluations), answer)
+        for i, interval in enumerate(intervals):
+            state = run(step(state, *interval), answer)
             sums.append(state.x.detach().flatten(1).sum(1))
             if i + 1 in keep:
                 kept.append(state.x)
@@ -64,7 +64,7 @@ def march(
     t, status = torch.zeros(count, dtype=torch.float64), whole + Status.SUCCESS
     if intervals:
         bad = ~torch.isfinite(torch.stack(sums)).cpu()
-        ends = torch.tensor([t for _, t, _ in intervals], dtype=torch.float64)
+        ends = torch.tensor([end for _, end, _ in intervals], dtype=torch.float64)
         failed = bad.any(0)
         t = torch.where(failed, ends[bad.int().argmax(0)], ends[-1])
         status = torch.where(failed, int(Status.NONFINITE), status)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from flowsolve._batch import state_dtype
+from flowsolve.checks import CheckReport, check
 from flowsolve.paths import Path, Point
 from flowsolve.predictions import Estimate, Prediction, SingularEstimate, resolve
 
@@ -105,9 +106,9 @@ class Flow:
         point = self._point(x, t)
         return self.read(x, self.call(x, t, **cond), point)
 
-    def call(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
-        """The network's output at (x, t), in x's dtype (float32 at least)."""
-        native = self.clock(t)
+    def call(self, x: Tensor, t: float | Tensor, *, clock: Callable[[Any], Any] | None = None, **cond: Any) -> Tensor:
+        """The network's output at (x, t), in x's dtype (float32 at least), with t read by the flow's clock."""
+        native = (clock or self.clock)(t)
         dtype = state_dtype(x)
         if isinstance(native, Tensor) and native.ndim:
             time = native.to(device=x.device, dtype=dtype)
@@ -159,11 +160,12 @@ class Flow:
         """ẑ(x, t), shape (B, *S)."""
         return self.estimate(x, t, **cond).data
 
-    def check(self, data: Tensor, **options: Any) -> Any:
-        """Test the declared conventions on a few data points; see `flowsolve.checks.check`."""
-        from flowsolve.checks import check
+    def check(self, data: Tensor, *, seed: int = 0, slack: float = 1.25, **cond: Any) -> CheckReport:
+        """Test path, prediction and time on a few data points, and say which convention fits better.
 
-        return check(self, data, **options)
+        The arguments and the result are those of `flowsolve.checks.check`.
+        """
+        return check(self, data, seed=seed, slack=slack, **cond)
 
 
 def _parameter_dtype(net: Any) -> torch.dtype | None:

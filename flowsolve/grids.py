@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 from torch import Tensor
@@ -50,7 +51,7 @@ class Grid:
             if not (math.isfinite(t) and 0.0 <= t <= 1.0):
                 raise ValueError(f"grid time {i} is {t!r}; expected flow times in [0, 1], noise at 0 and data at 1")
         rising = times[-1] > times[0]
-        for i, (a, b) in enumerate(zip(times, times[1:], strict=False)):
+        for i, (a, b) in enumerate(pairwise(times)):
             if (b <= a) if rising else (b >= a):
                 raise ValueError(
                     f"grid times {i} and {i + 1} are {a!r} and {b!r}; expected strictly "

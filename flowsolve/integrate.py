@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,17 +21,17 @@ from torch import Tensor, nn
 from flowsolve import charts, grids
 from flowsolve._batch import per_sample, select, state_dtype
 from flowsolve.charts import Chart
+from flowsolve.drivers import Ask, march, pursue
 from flowsolve.flow import Flow
 from flowsolve.grids import Grid
 from flowsolve.noise import START, Noise
-from flowsolve.paths import Path
 from flowsolve.solution import Solution
-from flowsolve.drivers import Ask, march, pursue
 from flowsolve.solvers.adaptive import Adaptive
 from flowsolve.solvers.base import Query, Solver, State, in_chart, inverse, scaled
 from flowsolve.solvers.runge_kutta import RungeKutta
 
 __all__ = ["encode", "integrate", "plan", "sample", "solve"]
+
 
 def sample(
     flow: Flow,
@@ -297,9 +298,9 @@ def _adaptive(
     edge = path.window[1]
     closing = start <= edge < end
     last = edge if closing else end
-    for t in (start, last):
-        chart.require(path, t)
-        flow.require(t, "the interval")
+    for node in (start, last):
+        chart.require(path, node)
+        flow.require(node, "the interval")
     least = 2 - (solver.first_step is not None) + solver.attempt_nfe + closing
     if budget is not None and budget < least:
         raise ValueError(f"nfe = {budget}; {type(solver).__name__} needs at least {least} to take one step")
@@ -370,7 +371,7 @@ def _stops(t0: float, t1: float, t_eval: Sequence[float] | Tensor | None) -> lis
     stops = [float(t) for t in t_eval]
     sign = 1.0 if t1 >= t0 else -1.0
     line = [sign * t for t in (t0, *stops, t1)]
-    if not stops or any(b < a for a, b in zip(line, line[1:], strict=False)) or len(set(stops)) < len(stops):
+    if not stops or any(b < a for a, b in pairwise(line)) or len(set(stops)) < len(stops):
         raise ValueError(f"t_eval = {stops}; expected strictly monotone times from t0 = {t0:g} towards t1 = {t1:g}")
     return stops
 

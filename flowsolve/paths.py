@@ -21,7 +21,7 @@ log-SNR; here, as in Lu et al. 2022, it is $\lambda$.)
 | `Cosine` | $\cos\theta(\tau)/\cos\theta(0)$ | $\sqrt{1-\alpha^2}$ | $\tau$ | Nichol & Dhariwal 2021 |
 | `Trig` | $\sin(\pi t/2)$ | $\cos(\pi t/2)$ | angle from the data | Albergo & Vanden-Eijnden 2023 |
 | `VE` | $1$ | $\sigma_{\max}(\sigma_{\min}/\sigma_{\max})^t$ | $\sigma$ | Song et al. 2021 |
-| `EDM` | $1$ | $\bigl((1-t)\sigma_{\max}^{1/\rho}+t\,\sigma_{\min}^{1/\rho}\bigr)^\rho$ | $\sigma$ | Karras et al. 2022 |
+| `EDM` | $1$ | $((1-t)\sigma_{\max}^{1/\rho}+t\sigma_{\min}^{1/\rho})^\rho$ | $\sigma$ | Karras et al. 2022 |
 | `Discrete` | from a table $\bar\alpha_k$ | $\sqrt{1-\bar\alpha_k}$ | index $k$ | Ho et al. 2020 |
 
 with $L(\tau) = \tfrac14(\beta_1-\beta_0)\tau^2 + \tfrac12\beta_0\tau$ and
@@ -39,16 +39,18 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from itertools import pairwise
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from flowsolve._batch import per_sample, saturating_log
+from flowsolve._batch import linear, saturating_log
 
 __all__ = ["EDM", "VE", "VP", "CondOT", "Cosine", "Discrete", "Path", "Point", "SubVP", "Trig"]
 
 T = TypeVar("T", float, Tensor)
+
 
 class Point(NamedTuple):
     """Where a path is at one time: α, σ and their derivatives in flow time, as floats or as tensors of shape (B,)."""
@@ -137,12 +139,11 @@ class Path:
         if isinstance(log_snr, Tensor):
             lam = log_snr.to(torch.float64)
             t = self._time(lam.clamp(lo, hi), torch).clamp(0.0, 1.0)
-            t = torch.where(lam <= lo, 0.0, t)
-            return torch.where(lam >= hi, 1.0, t)
+            return torch.where(lam <= lo, 0.0, torch.where(lam >= hi, 1.0, t))
         lam = float(log_snr)
         if lam <= lo or lam >= hi:
             return 0.0 if lam <= lo else 1.0
-        return min(max(self._time(lam, math), 0.0), 1.0)
+        return min(max(float(self._time(lam, math)), 0.0), 1.0)
 
     def native_time(self, t: T) -> T:
         """The clock the network was trained with, at flow time t."""
@@ -155,7 +156,7 @@ class Path:
     def interpolate(self, data: Tensor, noise: Tensor, t: float | Tensor) -> Tensor:
         """x_t = α(t) z + σ(t) ε for data and noise of shape (B, *S) and t a float or of shape (B,)."""
         point = self.at(t)
-        return per_sample(point.alpha, data) * data + per_sample(point.sigma, noise) * noise
+        return linear(point.alpha, data, point.sigma, noise)
 
 
 def _outside(t: float) -> str:
@@ -334,7 +335,8 @@ class _Exploding(Path):
         return self.sigma(t)
 
     def time_from_native(self, native: T) -> T:
-        return self.time(-saturating_log(native))
+        log_snr: T = -saturating_log(native)
+        return self.time(log_snr)
 
     def _check_range(self) -> None:
         _positive(sigma_min=self.sigma_min, sigma_max=self.sigma_max)
@@ -407,7 +409,7 @@ class Discrete(Path):
         table = tuple(float(a) for a in alphas_cumprod)
         if len(table) < 2:
             raise ValueError(f"alphas_cumprod has {len(table)} entries; expected a 1-D table of at least 2")
-        falling = all(x > y for x, y in zip(table, table[1:], strict=False))
+        falling = all(x > y for x, y in pairwise(table))
         if not falling or not (table[0] < 1.0 and table[-1] >= 0.0):
             raise ValueError(
                 f"alphas_cumprod runs from {table[0]:.6g} to {table[-1]:.6g}; expected values in [0, 1) that strictly "
@@ -417,7 +419,8 @@ class Discrete(Path):
         roots = [(math.sqrt(a), math.sqrt(1.0 - a)) for a in ((1.0, *table) if clean else table)]
         nodes = ([a / (a + s) for a, s in roots], [s / (a + s) for a, s in roots])
         tensors = tuple(torch.tensor(n, dtype=torch.float64) for n in nodes)
-        for name, value in dict(alphas_cumprod=table, clean=clean, _nodes=nodes, _tensors=tensors).items():
+        fields = {"alphas_cumprod": table, "clean": clean, "_nodes": nodes, "_tensors": tensors}
+        for name, value in fields.items():
             object.__setattr__(self, name, value)
 
     @classmethod
@@ -453,12 +456,8 @@ class Discrete(Path):
     def _curve(self, t: Any, m: Any) -> tuple[Any, Any, Any, Any]:
         n = self._intervals
         place = (1.0 - t) * n
-        if m is torch:
-            i = place.floor().clamp(0, n - 1).long()
-            data, noise = (nodes.to(t.device) for nodes in self._tensors)
-        else:
-            i = min(int(place), n - 1)
-            data, noise = self._nodes
+        data, noise = self._table(t)
+        i: Any = place.floor().clamp(0, n - 1).long() if m is torch else min(int(place), n - 1)
         w = place - i
         a, b = (1.0 - w) * data[i] + w * data[i + 1], (1.0 - w) * noise[i] + w * noise[i + 1]
         rate_a, rate_b = n * (data[i] - data[i + 1]), n * (noise[i] - noise[i + 1])
@@ -468,21 +467,29 @@ class Discrete(Path):
 
     def _time(self, log_snr: Any, m: Any) -> Any:
         share = 1.0 / (1.0 + m.exp(log_snr))  # σ/(α+σ), increasing with the index
+        noise = self._table(log_snr)[1]
+        last = self._intervals - 1
+        i: Any
         if m is torch:
-            noise = self._tensors[1].to(share.device)
-            i = (torch.searchsorted(noise, share.contiguous(), right=True) - 1).clamp(0, self._intervals - 1)
+            i = (torch.searchsorted(noise, share.contiguous(), right=True) - 1).clamp(0, last)
         else:
-            noise = self._nodes[1]
-            i = min(max(bisect_right(noise, share) - 1, 0), self._intervals - 1)
+            i = min(max(bisect_right(noise, share) - 1, 0), last)
         return 1.0 - (i + (share - noise[i]) / (noise[i + 1] - noise[i])) / self._intervals
+
+    def _table(self, like: Any) -> tuple[Any, Any]:
+        """α/(α+σ) and σ/(α+σ) at the nodes, as lists for a float and as tensors beside a tensor."""
+        if not isinstance(like, Tensor):
+            return self._nodes
+        return self._tensors[0].to(like.device), self._tensors[1].to(like.device)
 
     def native_time(self, t: T) -> T:
         """The index k of the table: fractional between entries, exact at them, 0 beyond the last."""
         k: Any = (1.0 - t) * self._intervals - (1.0 if self.clean else 0.0)
         if isinstance(k, Tensor):
-            k = torch.where((k - k.round()).abs() < 1e-9, k.round(), k)
-            return k.clamp_min(0.0)
-        return max(float(round(k)) if abs(k - round(k)) < 1e-9 else k, 0.0)
+            k = torch.where((k - k.round()).abs() < 1e-9, k.round(), k).clamp_min(0.0)
+        else:
+            k = max(float(round(k)) if abs(k - round(k)) < 1e-9 else k, 0.0)
+        return cast(T, k)
 
     def time_from_native(self, native: T) -> T:
         return 1.0 - (native + (1.0 if self.clean else 0.0)) / self._intervals

@@ -51,7 +51,8 @@ class BitsPerDim:
     nfe: Tensor
 
     def __str__(self) -> str:
-        return f"{self.mean:.4f} ± {self.stderr:.4f} bits/dim ({len(self.bpd)} images, {self.nfe.double().mean():.1f} NFE)"
+        nfe = float(self.nfe.double().mean())
+        return f"{self.mean:.4f} ± {self.stderr:.4f} bits/dim ({len(self.bpd)} images, {nfe:.1f} NFE)"
 
 
 def bits_per_dim(

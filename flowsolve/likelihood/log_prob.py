@@ -7,7 +7,8 @@ $$ \log p_y(y_1) = \log p_y(y_0) - \int_{s_0}^{s_1} \operatorname{tr}\frac{\part
 
 $f$ is a combination of ẑ and ε̂, hence $f = k_x x + k_o\,o(x)$ with two known numbers (`flowsolve.predictions`), and
 
-$$ \operatorname{tr}\frac{\partial f}{\partial y} = c\,\Bigl(k_x D + k_o \operatorname{tr}\frac{\partial o}{\partial x}\Bigr):$$
+$$ \operatorname{tr}\frac{\partial f}{\partial y}
+   = c\,\Bigl(k_x D + k_o \operatorname{tr}\frac{\partial o}{\partial x}\Bigr): $$
 
 the linear part is exact, and only the trace of the network's own Jacobian is estimated, in the same pass that gives its
 value. State and log-determinant are integrated together; each has its own norm in the step control, so that D numbers
@@ -36,7 +37,7 @@ from flowsolve.integrate import plan
 from flowsolve.likelihood import trace as traces
 from flowsolve.noise import Noise
 from flowsolve.solution import Solution
-from flowsolve.solvers.adaptive import Adaptive, rms
+from flowsolve.solvers.adaptive import Adaptive
 from flowsolve.solvers.base import Query, Solver, State
 from flowsolve.solvers.runge_kutta import RungeKutta
 

@@ -19,7 +19,7 @@ one more evaluation.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
 
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from flowsolve.solvers.base import Query
 from flowsolve.solvers.controllers import PI
-from flowsolve.solvers.runge_kutta import RungeKutta, advance, stages, weighted
+from flowsolve.solvers.runge_kutta import RungeKutta, advance, stages
 from flowsolve.solvers.tableaus import DOPRI5
 
 __all__ = ["Adaptive", "AdaptiveState", "Dopri5", "Status", "rms"]
@@ -113,7 +113,7 @@ class Adaptive(RungeKutta):
     first_step: float | None = None
     max_step: float = float("inf")
     max_steps: int = 10_000
-    controller: PI = PI()
+    controller: PI = field(default_factory=PI)
     norm: Callable[[Tensor], Tensor] = rms
 
     def __init_subclass__(cls) -> None:

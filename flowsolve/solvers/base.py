@@ -114,9 +114,7 @@ class EstimateSolver(Solver):
         raise NotImplementedError
 
 
-def in_chart(
-    inner: Generator[Query, Tensor, Any], chart: Chart, path: Path
-) -> Generator[Query, Estimate, Any]:
+def in_chart(inner: Generator[Query, Tensor, Any], chart: Chart, path: Path) -> Generator[Query, Estimate, Any]:
     """Translate a generator that asks for dy/ds at (y, s) into one that asks for the estimate at (x, t)."""
     try:
         y, s = next(inner)

@@ -6,7 +6,8 @@ $$ x' = x + \bigl[u + \tfrac12\eta^2 g^2\,\nabla\log p\bigr]\,\Delta t + \eta\, 
 With $x = \alpha\hat z+\sigma\hat\varepsilon$, $u = \dot\alpha\hat z+\dot\sigma\hat\varepsilon$ and
 $\nabla\log p = -\hat\varepsilon/\sigma$ the drift step is one combination of the estimate,
 
-$$ (\alpha + \dot\alpha\Delta t)\,\hat z + \bigl(\sigma + (\dot\sigma - \eta^2\sigma\lambda')\,\Delta t\bigr)\,\hat\varepsilon. $$
+$$ (\alpha + \dot\alpha\Delta t)\,\hat z
+   + \bigl(\sigma + (\dot\sigma - \eta^2\sigma\lambda')\,\Delta t\bigr)\,\hat\varepsilon . $$
 
 Where $\lambda'$ is infinite (α = 0 or σ = 0) the SDE mixes infinitely fast and an explicit step does not exist; the
 exact step of `ExactSDE` does.

@@ -148,7 +148,7 @@ class Trainer:
         with self._randomness() as generator:
             loss = self.loss(generator)
             self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         if self.clip is not None:
             nn.utils.clip_grad_norm_(self.module.parameters(), self.clip)
         for group in self.optimizer.param_groups:
