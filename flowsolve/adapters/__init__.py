@@ -14,9 +14,7 @@ __all__ = ["BUNDLED", "bundled", "load"]
 BUNDLED = ("digits-ddpm", "digits-condot")
 
 
-def load(
-    source: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-) -> Flow:
+def load(source: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Flow:
     """A checkpoint as a `Flow`, with its path, prediction and clock read from its own configuration.
 
     Args:

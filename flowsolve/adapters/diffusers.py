@@ -85,9 +85,7 @@ class _Sample(nn.Module):
         return self.unet(x, t, **cond).sample  # type: ignore[no-any-return]
 
 
-def load(
-    source: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-) -> Flow:
+def load(source: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Flow:
     """A diffusers directory as a `Flow` in evaluation mode; see `flowsolve.adapters.load`."""
     root = Path(source)
     if not root.is_dir():
@@ -96,16 +94,12 @@ def load(
             "unet/ and scheduler/ inside (download it first, for example with `hf download`)"
         )
     if root.name in PARTS and all((root.parent / part).is_dir() for part in PARTS):
-        raise ValueError(
-            f"{str(source)!r} is one part of a checkpoint; pass its parent, {str(root.parent)!r}"
-        )
+        raise ValueError(f"{str(source)!r} is one part of a checkpoint; pass its parent, {str(root.parent)!r}")
     scheduler = _read(root, "scheduler/scheduler_config.json")
     unet = _read(root, "unet/config.json")
     found = unet.get("_class_name")
     if found != "UNet2DModel":
-        raise ValueError(
-            f"{root / 'unet'} holds a {found}; supported is UNet2DModel, which needs no conditioning"
-        )
+        raise ValueError(f"{root / 'unet'} holds a {found}; supported is UNet2DModel, which needs no conditioning")
     if unet.get("out_channels") != unet.get("in_channels"):
         raise ValueError(
             f"the UNet maps {unet.get('in_channels')} channels to {unet.get('out_channels')}; supported are "
@@ -135,9 +129,7 @@ def as_flow(unet: nn.Module, scheduler: Any) -> Flow:
         name = scheduler.get("_class_name")
         if name not in (*TABLE_SCHEDULERS, *FLOW_SCHEDULERS):
             raise ValueError(_unsupported(f"scheduler {name}", (*TABLE_SCHEDULERS, *FLOW_SCHEDULERS)))
-        scheduler = getattr(library, name).from_config(
-            dict(scheduler)
-        )  # completes what an older version left out
+        scheduler = getattr(library, name).from_config(dict(scheduler))  # completes what an older version left out
     name, config = type(scheduler).__name__, scheduler.config
     net = _Sample(unet).eval()
     if name in FLOW_SCHEDULERS:

@@ -23,9 +23,7 @@ def build() -> Any:
         ImportError: typer is not installed.
     """
     typer = require("typer", "cli", "the command line")
-    app = typer.Typer(
-        name="flowsolve", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
-    )
+    app = typer.Typer(name="flowsolve", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
     @app.callback()  # type: ignore[untyped-decorator]
     def flowsolve() -> None:

@@ -2,7 +2,8 @@
 
 Two tables say what can be trained: `DATA` (images and how they are dequantised) and `MODELS` (the scheduler
 whose convention the network learns, and the loss). The flow that is trained is built from the scheduler by
-the adapter that will read it back, so that training and loading cannot disagree.
+the adapter that will read it back, so that training and loading cannot disagree. Times are uniform on the path's
+window, so a network with a discrete table is trained between its entries too (fractional indices).
 """
 
 from __future__ import annotations
@@ -76,8 +77,6 @@ MODELS = {
     "ddpm": Model(lambda: _scheduler("DDPMScheduler"), "DDPMPipeline", _dsm),
     "condot": Model(lambda: _scheduler("FlowMatchEulerDiscreteScheduler"), "DiffusionPipeline", _cfm),
 }
-
-
 CHECKPOINT_EVERY = 1000  # steps between saves of the full state
 
 
@@ -132,9 +131,10 @@ def fit(recipe: Recipe, out: Path, *, resume: bool = False, progress: bool = Fal
     _open(out, begun, recipe, resume)
 
     images = data.images("train")
-    torch.manual_seed(recipe.seed)
     scheduler = model.scheduler()
-    flow = as_flow(_unet(diffusers, recipe, images.shape), scheduler)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        flow = as_flow(_unet(diffusers, recipe, images.shape), scheduler)
 
     def loss(generator: torch.Generator) -> Tensor:
         rows = torch.randint(len(images), (recipe.batch,), generator=generator)
@@ -237,16 +237,10 @@ def train(
     model: Annotated[str, typer.Option(help=f"Convention: {', '.join(MODELS)}.")] = "condot",
     steps: Annotated[int, typer.Option(min=1, help="Steps of gradient descent.")] = 10_000,
     batch: Annotated[int, typer.Option(min=1, help="Images a step.")] = 64,
-    lr: Annotated[
-        float, typer.Option(help="Peak learning rate of AdamW; it decays to 0 along a cosine.")
-    ] = 1e-3,
+    lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW; it decays to 0 along a cosine.")] = 1e-3,
     warmup: Annotated[int, typer.Option(min=0, help="Steps of linear warm-up.")] = 200,
-    ema_decay: Annotated[
-        float, typer.Option(help="Decay of the averaged weights, which are what is written.")
-    ] = 0.999,
-    width: Annotated[
-        int, typer.Option(min=16, help="Channels of the first resolution, a multiple of 16.")
-    ] = 32,
+    ema_decay: Annotated[float, typer.Option(help="Decay of the averaged weights, which are what is written.")] = 0.999,
+    width: Annotated[int, typer.Option(min=16, help="Channels of the first resolution, a multiple of 16.")] = 32,
     layers: Annotated[int, typer.Option(min=1, help="Residual blocks a resolution.")] = 1,
     dropout: Annotated[float, typer.Option(min=0.0, max=0.9, help="Dropout in the residual blocks.")] = 0.1,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the weights and of every step.")] = 0,
@@ -262,6 +256,4 @@ def train(
     except (ValueError, OSError, ImportError) as error:
         typer.echo(f"flowsolve train: {error}", err=True)
         raise typer.Exit(1) from None
-    typer.echo(
-        f"{out}: {record['parameters']:,} parameters, {steps} steps, loss {json.dumps(record['loss'])}"
-    )
+    typer.echo(f"{out}: {record['parameters']:,} parameters, {steps} steps, loss {json.dumps(record['loss'])}")

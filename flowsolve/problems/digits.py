@@ -57,9 +57,7 @@ def load(split: Literal["train", "held_out", "all"] = "train") -> Digits:
     return Digits(images[keep], labels[keep])
 
 
-def dequantize(
-    images: Tensor, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32
-) -> Tensor:
+def dequantize(images: Tensor, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
     """x = 2 (k + u)/17 − 1 with fresh uniform u: integer levels of shape (N, *S) to floats in [−1, 1).
 
     Raises:
@@ -69,9 +67,7 @@ def dequantize(
     if images.dtype.is_floating_point or images.dtype.is_complex or images.dtype == torch.bool:
         raise TypeError(f"images have dtype {images.dtype}; expected the integer levels 0 … {LEVELS - 1}")
     if images.numel() and not 0 <= int(images.min()) <= int(images.max()) < LEVELS:
-        raise ValueError(
-            f"levels run from {int(images.min())} to {int(images.max())}; expected 0 … {LEVELS - 1}"
-        )
+        raise ValueError(f"levels run from {int(images.min())} to {int(images.max())}; expected 0 … {LEVELS - 1}")
     place = generator.device if generator is not None else images.device
     u = torch.rand(images.shape, generator=generator, device=place, dtype=dtype).to(images.device)
     return 2.0 * (images.to(dtype) + u) / LEVELS - 1.0

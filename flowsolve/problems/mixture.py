@@ -66,9 +66,7 @@ class GaussianMixture:
         if spread.ndim == 0 or spread.shape == (k,):
             spread = spread.expand(k).reshape(k, *[1] * (means.ndim - 1))
         elif spread.shape != means.shape:
-            raise ValueError(
-                f"std has shape {tuple(spread.shape)}; expected a number, ({k},) or {tuple(means.shape)}"
-            )
+            raise ValueError(f"std has shape {tuple(spread.shape)}; expected a number, ({k},) or {tuple(means.shape)}")
         share = torch.ones(k) if weights is None else torch.as_tensor(weights)
         share = share.to(device=means.device, dtype=dtype)
         if share.shape != (k,):
@@ -141,9 +139,7 @@ class GaussianMixture:
     def _pulls(self, x: Tensor, point: Point) -> tuple[Tensor, Tensor]:
         """log w_k N(x; αμ_k, v_k), shape (B, K), and q_k, shape (B, K, *S)."""
         if x.shape[1:] != self.means.shape[1:]:
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}; expected (B, {', '.join(map(str, self.means.shape[1:]))})"
-            )
+            raise ValueError(f"x has shape {tuple(x.shape)}; expected (B, {', '.join(map(str, self.means.shape[1:]))})")
         x = x.to(state_dtype(x)).unsqueeze(1)
         means, std = self.means.to(x), self.std.to(x)
         alpha, sigma = (per_sample(c, x) for c in point[:2])

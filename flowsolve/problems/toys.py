@@ -94,9 +94,7 @@ def moons(noise: float = 0.05) -> Moons:
     return Moons(noise)
 
 
-def eight_gaussians(
-    radius: float = 4.0, std: float = 0.3, dtype: torch.dtype = torch.float32
-) -> GaussianMixture:
+def eight_gaussians(radius: float = 4.0, std: float = 0.3, dtype: torch.dtype = torch.float32) -> GaussianMixture:
     """Eight equal Gaussians, evenly spaced on a circle."""
     angle = torch.arange(8, dtype=torch.float64) * (math.pi / 4.0)
     return GaussianMixture(radius * torch.stack((angle.cos(), angle.sin()), 1), std, dtype=dtype)

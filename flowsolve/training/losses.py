@@ -83,8 +83,7 @@ def dsm_loss(
     reduction: Literal["mean", "none"] = "mean",
     **cond: Any,
 ) -> Tensor:
-    """Denoising regression on any target: E w ‖ô_θ − (a z + b ε)/s‖² per dimension (Vincent 2011, Ho et al.
-    2020).
+    """Denoising regression on any target: E w ‖ô_θ − (a z + b ε)/s‖² per dimension (Vincent 2011).
 
     Args:
         flow: the flow to train.
@@ -123,9 +122,7 @@ def _regress(
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction = {reduction!r}; expected 'mean' or 'none'")
     if not data.dtype.is_floating_point:
-        raise TypeError(
-            f"data has dtype {data.dtype}; expected floats (integer images must be dequantised first)"
-        )
+        raise TypeError(f"data has dtype {data.dtype}; expected floats (integer images must be dequantised first)")
     data = data.to(state_dtype(data))
     when = _times(flow, len(data), t, generator)
     if noise is None:

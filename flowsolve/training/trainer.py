@@ -91,9 +91,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=betas, weight_decay=weight_decay)
         self.step = 0
         self.losses: list[float] = []
-        self._sum = torch.zeros(
-            (), dtype=torch.float32
-        )  # of the losses since the last entry; read once an entry
+        self._sum = torch.zeros((), dtype=torch.float32)  # of the losses since the last entry; read once an entry
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""

@@ -1,0 +1,111 @@
+r"""NFE against error: how far from the flow's true endpoint a solver lands, for what it costs.
+
+All solvers start from the same noise and are compared with one converged reference of the same ODE,
+
+$$ \text{RMSE} = \sqrt{\tfrac1{BD}\textstyle\sum\|x - x_{\text{ref}}\|^2} . $$
+
+On data with several modes a few samples on the border between two of them rule the RMSE, so the median over samples of
+the per-sample root mean square is recorded beside it. The reference is checked by a second one of ten times looser
+tolerance: their distance bounds what the curves can resolve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowsolve import solvers
+from flowsolve.flow import Flow
+from flowsolve.integrate import sample
+from flowsolve.solvers import Solver
+from flowsolve.solvers.adaptive import rms
+
+__all__ = ["Curve", "Reference", "nfe_error_curves", "reference"]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A converged endpoint.
+
+    Attributes:
+        x: the endpoints, shape (B, *S).
+        uncertainty: RMSE between this reference and one of ten times looser tolerance.
+        nfe: mean evaluations it took.
+    """
+
+    x: Tensor
+    uncertainty: float
+    nfe: float
+
+
+@dataclass
+class Curve:
+    """One solver's points: mean NFE, RMSE, and the median of the per-sample root mean square error."""
+
+    name: str
+    nfe: list[float] = field(default_factory=list)
+    rmse: list[float] = field(default_factory=list)
+    median: list[float] = field(default_factory=list)
+
+    def record(self) -> dict[str, Any]:
+        """The curve as plain values."""
+        return asdict(self)
+
+
+def reference(flow: Flow, shape: Sequence[int], *, seed: int = 0, tolerance: float = 1e-6) -> Reference:
+    """The endpoints of the flow from the noise of a seed, by Dopri5 at a tight tolerance."""
+    tight, loose = (
+        sample(flow, shape, solver=solvers.Dopri5(rtol=tol, atol=tol), seed=seed) for tol in (tolerance, 10 * tolerance)
+    )
+    gap = float(rms((tight.x - loose.x).double()).square().mean().sqrt())
+    return Reference(tight.x, gap, float(tight.nfe.double().mean()))
+
+
+def nfe_error_curves(
+    flow: Flow,
+    target: Reference,
+    fixed: dict[str, Solver],
+    budgets: Sequence[int],
+    adaptive: dict[str, Callable[[float], Solver]],
+    tolerances: Sequence[float],
+    *,
+    seed: int = 0,
+    grid: Any = "uniform",
+) -> list[Curve]:
+    """Errors of solvers against a reference from the same noise.
+
+    Args:
+        flow: the flow.
+        target: `reference` of the same seed.
+        fixed: fixed-grid solvers by name, run at every budget.
+        budgets: numbers of evaluations.
+        adaptive: by name, functions from a tolerance to a solver.
+        tolerances: their tolerances.
+        seed: seed of the noise.
+        grid: spacing of the fixed grids.
+    """
+    shape = target.x.shape
+    curves = []
+    for name, solver in fixed.items():
+        curve = Curve(name)
+        for nfe in budgets:
+            if nfe >= solver.evaluations:
+                _add(curve, target, sample(flow, shape, solver=solver, nfe=nfe, grid=grid, seed=seed))
+        curves.append(curve)
+    for name, make in adaptive.items():
+        curve = Curve(name)
+        for tolerance in tolerances:
+            _add(curve, target, sample(flow, shape, solver=make(tolerance), seed=seed))
+        curves.append(curve)
+    return curves
+
+
+def _add(curve: Curve, target: Reference, solution: Any) -> None:
+    errors = rms((solution.x - target.x).double())
+    curve.nfe.append(float(solution.nfe.double().mean()))
+    curve.rmse.append(float(errors.square().mean().sqrt()))
+    curve.median.append(float(torch.median(errors)))
