@@ -65,7 +65,7 @@ class CheckReport:
         return self.message
 
 
-def check(flow: Flow, data: Tensor, *, seed: int = 0, slack: float = 1.25, **cond: Any) -> CheckReport:
+def check(flow: Flow, data: Tensor, *, seed: int = 0, slack: float = 1.05, **cond: Any) -> CheckReport:
     """Test whether the path, prediction and time declared for a network fit what it does on noised data.
 
     Every reading of time (as declared, flow, native, each of them reversed, flow times 1000 both ways) is tried with
@@ -97,8 +97,11 @@ def check(flow: Flow, data: Tensor, *, seed: int = 0, slack: float = 1.25, **con
 
     declared = (flow.prediction.name, "declared", "data as given")
     error = errors.get(declared, math.inf)
-    best = min(errors, key=lambda k: errors[k])
-    ok = error <= slack * errors[best] and error < 1.0
+    least = min(errors.values())
+    # Readings that nearly agree (a reversed native clock is often flow time) tie: the fewest changes explain most.
+    tied = [k for k, e in errors.items() if e <= 1.02 * least]
+    best = min(tied, key=lambda k: (sum(a != b for a, b in zip(k, declared, strict=True)), errors[k]))
+    ok = error <= slack * least and error < 1.0
     if ok:
         message = f"the declared conventions fit: relative error {error:.3f} (0 perfect, 1 knows nothing)"
     elif errors[best] >= 0.9 or best == declared:

@@ -160,7 +160,7 @@ class Flow:
         """ẑ(x, t), shape (B, *S)."""
         return self.estimate(x, t, **cond).data
 
-    def check(self, data: Tensor, *, seed: int = 0, slack: float = 1.25, **cond: Any) -> CheckReport:
+    def check(self, data: Tensor, *, seed: int = 0, slack: float = 1.05, **cond: Any) -> CheckReport:
         """Test path, prediction and time on a few data points, and say which convention fits better.
 
         The arguments and the result are those of `flowsolve.checks.check`.

@@ -88,10 +88,10 @@ def sample(
         if interval[0] != 0.0:
             raise ValueError(f"the interval starts at t = {interval[0]:g}; noise alone starts at 0, so give start=x")
         blank = torch.empty(tuple(shape), device=device or _device(flow.net), dtype=dtype)
-        noise = _noise(seed, samples, blank.shape[0])
+        noise = Noise.for_batch(seed, blank.shape[0], samples)
         start = noise.normal(START, 0, blank) * flow.path.prior_std
     else:
-        noise = _noise(seed, samples, start.shape[0])
+        noise = Noise.for_batch(seed, start.shape[0], samples)
     return integrate(
         flow, start, interval, solver=solver, nfe=nfe, grid=grid, chart=chart, noise=noise, cond=cond,
         progress=progress, throw=throw, grad=grad,
@@ -356,13 +356,6 @@ def _estimates(nfe: int | None, flow: Flow) -> int | None:
     if nfe % flow.nfe_per_call:
         raise ValueError(f"nfe = {nfe} is not a multiple of the {flow.nfe_per_call} evaluations an estimate costs here")
     return nfe // flow.nfe_per_call
-
-
-def _noise(seed: int, samples: Sequence[int] | Tensor | None, count: int) -> Noise:
-    noise = Noise.of(seed, count if samples is None else samples)
-    if noise.samples.shape[0] != count:
-        raise ValueError(f"samples lists {noise.samples.shape[0]} numbers for a batch of {count}")
-    return noise
 
 
 def _stops(t0: float, t1: float, t_eval: Sequence[float] | Tensor | None) -> list[float]:

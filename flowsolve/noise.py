@@ -78,6 +78,14 @@ class Noise:
             raise ValueError("sample numbers must be a flat list of integers in [0, 2**32)")
         return cls(seed, numbers)
 
+    @classmethod
+    def for_batch(cls, seed: int, count: int, samples: Sequence[int] | Tensor | None = None) -> Noise:
+        """Noise for a batch of `count` samples, numbered as listed or 0 … count−1."""
+        noise = cls.of(seed, count if samples is None else samples)
+        if noise.samples.shape[0] != count:
+            raise ValueError(f"samples lists {noise.samples.shape[0]} numbers for a batch of {count}")
+        return noise
+
     def select(self, index: Tensor) -> Noise:
         """The noise of some samples of the batch, by position."""
         return Noise(self.seed, self.samples[index.to(self.samples.device)])

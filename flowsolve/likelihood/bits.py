@@ -91,7 +91,7 @@ def bits_per_dim(
     """
     levels = 2**bits if levels is None else levels
     _check(images, levels, dequantize, importance)
-    noise = Noise.of(seed, images.shape[0] if samples is None else samples)
+    noise = Noise.for_batch(seed, images.shape[0], samples)
     lo, hi = flow.data_range
     size = math.prod(images.shape[1:])
     device = images.device

@@ -129,7 +129,7 @@ def log_prob(
     graph = torch.is_grad_enabled() and (x.requires_grad if grad is None else grad)
     x = x.to(state_dtype(x))
     count, size = x.shape[0], math.prod(x.shape[1:])
-    noise = Noise.of(seed, count if samples is None else samples)
+    noise = Noise.for_batch(seed, count, samples)
     estimator = traces.resolve(trace, probes, x.detach(), noise)
     shared = dict(cond or {})
 

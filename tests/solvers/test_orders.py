@@ -13,7 +13,7 @@ and the smallest above the rounding of float64. The counts of higher orders are 
 
 **Intervals.**
 
-* `inner`: log-SNR from −2.5 to 2.5, where the trajectories decide everything (σ/α from 12 to 0.08), at uniform flow
+* `inner`: log-SNR from −1.5 to 1.5, where the trajectories part (σ/α from 4.5 to 0.22), at uniform flow
   times. It leaves out the ends because there α or σ vanishes, or λ' or σ̇ is infinite or nearly so (VP has
   σ ∝ √τ at the data): the noise and data charts are infinite there, and a uniform grid of flow times is not a
   smooth grid in the clock. In the native chart EDM's σ ∝ (…)^7 is smooth, only steep.
@@ -64,7 +64,8 @@ solver_cases = pytest.mark.parametrize(("solver", "order", "steps"), ORDERS, ids
 
 
 def mixture() -> GaussianMixture:
-    return GaussianMixture(torch.tensor(MEANS, dtype=torch.float64), torch.tensor(STD), torch.tensor(WEIGHTS))
+    means, std, weights = (torch.tensor(v, dtype=torch.float64) for v in (MEANS, STD, WEIGHTS))
+    return GaussianMixture(means, std, weights)
 
 
 def rectified(s: float, y: Array) -> Array:
@@ -124,7 +125,7 @@ def measure(
 
 def check(path: Path, solver: Solver, order: int, steps: Sequence[int], where: str, chart: str | None) -> None:
     if where == "inner":
-        start, end = path.time(-2.5), path.time(2.5)
+        start, end = path.time(-1.5), path.time(1.5)
     else:
         start, end = 0.0, path.window[1]
     slope, errors = measure(path, solver, steps, start, end, chart, where == "whole" or isinstance(path, Discrete))
@@ -134,15 +135,17 @@ def check(path: Path, solver: Solver, order: int, steps: Sequence[int], where: s
     assert abs(slope - order) <= 0.2, (slope, errors)
 
 
-@pytest.mark.parametrize("path", [*CORE, *MORE], ids=repr)
-def test_dopri5_and_dop853_agree_to_twelve_digits(path: Path) -> None:
-    """Two methods, two codes and two charts: the reference is converged."""
+@pytest.mark.parametrize(
+    ("path", "chart"), [(CondOT(), "straight"), (VP(), "straight"), (VE(), "trig"), (Discrete.linear(), "trig")], ids=repr
+)
+def test_dopri5_and_dop853_agree(path: Path, chart: str) -> None:
+    """Two methods, two codes and two charts at tolerances of 1e-12 and 1e-13: the reference is converged."""
     start, end = 0.0, path.window[1]
     x, truth = case(path, start, end)
-    flow = mixture().flow(path)
-    for chart in ("straight", "trig"):
-        out = fs.sample(flow, start=x, interval=(start, end), solver=Dopri5(rtol=1e-12, atol=1e-12), chart=chart)
-        torch.testing.assert_close(out.x, truth, rtol=3e-11, atol=3e-11)
+    out = fs.sample(
+        mixture().flow(path), start=x, interval=(start, end), solver=Dopri5(rtol=1e-12, atol=1e-12), chart=chart
+    )
+    torch.testing.assert_close(out.x, truth, rtol=1e-11, atol=1e-11)
 
 
 @solver_cases
@@ -198,7 +201,7 @@ def test_ddim_has_order_one(path: Path, where: str) -> None:
 @pytest.mark.parametrize("path", CORE, ids=repr)
 def test_euler_maruyama_without_noise_is_euler_in_flow_time(path: Path) -> None:
     check(path, EulerMaruyama(eta=0.0), 1, (64, 128, 256), "inner", None)
-    start, end = path.time(-2.5), path.time(2.5)
+    start, end = path.time(-1.5), path.time(1.5)
     x, _ = case(path, start, end)
     flow, common = mixture().flow(path), {"start": x, "interval": (start, end), "nfe": 20}
     a = fs.sample(flow, solver=EulerMaruyama(eta=0.0), **common).x
@@ -219,7 +222,7 @@ def test_euler_is_ddim_in_the_charts_with_constant_coefficients(path: Path, char
 
 def test_euler_is_not_ddim_in_the_native_chart_of_vp() -> None:
     path = VP()
-    start, end = path.time(-2.5), path.time(2.5)
+    start, end = path.time(-1.5), path.time(1.5)
     x, _ = case(path, start, end)
     flow, common = mixture().flow(path), {"start": x, "interval": (start, end), "nfe": 11}
     a = fs.sample(flow, solver=DDIM(), **common).x
@@ -230,7 +233,7 @@ def test_euler_is_not_ddim_in_the_native_chart_of_vp() -> None:
 @pytest.mark.parametrize("chart", CHARTS)
 def test_every_chart_and_prediction_solves_the_same_flow(chart: str) -> None:
     path = VP()
-    start, end = path.time(-2.5), path.time(2.5)
+    start, end = path.time(-1.5), path.time(1.5)
     x, truth = case(path, start, end)
     for prediction in ("velocity", "noise", "score", "data", "v"):
         flow = mixture().flow(path, prediction)
