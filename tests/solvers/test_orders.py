@@ -1,27 +1,29 @@
 """The measured order of every fixed-grid ODE solver, on every path and in every chart.
 
 **Truth.** In the straight chart every Gaussian path is y = (1−s) ε + s z, so one field serves all of them. It is
-written here in numpy from Bayes' rule, apart from the package, and solved by scipy's DOP853 at rtol 1e-13.
+written here in numpy from Bayes' rule, apart from the package, and solved by scipy's DOP853 at rtol 3e-14.
 
 **Problem.** A mixture of three overlapping components in the plane (distances of 2 at spreads of 0.7 to 1): its field
 is smooth, so that the asymptotic regime begins at few steps. Errors are root mean squares over 8 trajectories and 2
 coordinates, relative to the scale α+σ at the end.
 
-**Regime.** For each solver the step counts below are one geometric range, the same for all paths and charts. The order
-is the least-squares slope of log error over log steps, and it is only accepted where the largest error is below 0.1
-and the smallest above the rounding of float64. The counts of higher orders are smaller for that reason.
+**Regime.** For each solver the step counts below are one range, the same for all paths; in the data and noise charts,
+whose clocks run exponentially in λ, it is half as large again. The order is the least-squares slope of log error over
+log steps, and is accepted only where the largest error is below 0.1 and the smallest above 3e-14, the rounding of
+float64 here. Dopri5 needs the most steps: with fewer the error falls faster than its order, because the leading term
+is small (slopes of 5.5 to 6.5 between 8 and 32 steps, which is not the regime that an order speaks of).
 
 **Intervals.**
 
-* `inner`: log-SNR from −1.5 to 1.5, where the trajectories part (σ/α from 4.5 to 0.22), at uniform flow
-  times. It leaves out the ends because there α or σ vanishes, or λ' or σ̇ is infinite or nearly so (VP has
-  σ ∝ √τ at the data): the noise and data charts are infinite there, and a uniform grid of flow times is not a
-  smooth grid in the clock. In the native chart EDM's σ ∝ (…)^7 is smooth, only steep.
+* `inner`: at uniform flow times, log-SNR from −1.5 to 1.5, where the trajectories part (σ/α from 4.5 to 0.22). It
+  leaves out the ends because there α or σ vanishes, or λ' or σ̇ is infinite or nearly so (VP has σ ∝ √τ at the data):
+  a uniform grid of flow times is no smooth grid in the clock there. In the noise and data charts, which are infinite at
+  an end, log-SNR from −1 to 1 at equal steps of it.
 * `whole`: from t = 0 to 1 (a discrete table to its last entry), in the straight and trig charts, which are finite at
   both ends. Nodes are uniform in the straight clock s, so that the step sizes are smooth for every path.
 
 `Discrete` is piecewise smooth in t: its native chart has a kink at every entry of the table and is left out, and its
-grids are uniform in s (in which it is smooth), in the `inner` case too.
+grids are uniform in s or λ, in which it is smooth.
 """
 
 from __future__ import annotations
@@ -54,11 +56,11 @@ MORE = [CondOT(sigma_min=0.05), SubVP(), EDM(), Cosine(), Trig(), Discrete.linea
 CHARTS = ["straight", "data", "noise", "trig", "native"]
 
 ORDERS: list[tuple[Solver, int, Sequence[int]]] = [  # solver, order, steps
-    (Euler(), 1, (64, 128, 256)),
-    (Midpoint(), 2, (24, 48, 96)),
-    (Heun(), 2, (24, 48, 96)),
+    (Euler(), 1, (64, 96, 144)),
+    (Midpoint(), 2, (24, 48, 72)),
+    (Heun(), 2, (24, 48, 72)),
     (RK4(), 4, (12, 24, 48)),
-    (Dopri5(adaptive=False), 5, (8, 16, 32)),
+    (Dopri5(adaptive=False), 5, (32, 48, 64)),
 ]
 solver_cases = pytest.mark.parametrize(("solver", "order", "steps"), ORDERS, ids=[type(s).__name__ for s, *_ in ORDERS])
 
@@ -86,7 +88,7 @@ def exact(x: Tensor, path: Path, start: float, end: float) -> Tensor:
         lambda s, y: rectified(s, y.reshape(x.shape)).ravel(),
         (a0 / (a0 + b0), a1 / (a1 + b1)),
         (x / (a0 + b0)).numpy().ravel(),
-        method="DOP853", rtol=1e-13, atol=1e-14,
+        method="DOP853", rtol=3e-14, atol=1e-14,
     )  # fmt: skip
     assert solution.success
     return torch.from_numpy(solution.y[:, -1].reshape(x.shape)) * (a1 + b1)
@@ -109,29 +111,34 @@ def clocked(path: Path, start: float, end: float, steps: int) -> list[float]:
 
 
 def measure(
-    path: Path, solver: Solver, steps: Sequence[int], start: float, end: float, chart: str | None, smooth_in_s: bool
+    path: Path, solver: Solver, steps: Sequence[int], start: float, end: float, chart: str | None, grid: str
 ) -> tuple[float, list[float]]:
     """The fitted order and the errors."""
     flow, (x, truth) = mixture().flow(path), case(path, start, end)
     scale = path.alpha(end) + path.sigma(end)
     errors = []
     for n in steps:
-        grid: dict[str, Any] = {"grid": clocked(path, start, end, n)} if smooth_in_s else {"nfe": n * solver.evaluations}
-        out = fs.sample(flow, start=x, interval=(start, end), solver=solver, chart=chart, **grid)
+        times: dict[str, Any] = {"nfe": n * solver.evaluations, "grid": grid}
+        if grid == "straight clock":
+            times = {"grid": clocked(path, start, end, n)}
+        out = fs.sample(flow, start=x, interval=(start, end), solver=solver, chart=chart, **times)
         assert out.nfe.tolist() == [n * solver.evaluations] * len(x)
         errors.append(float((out.x - truth).square().mean().sqrt() / scale))
     return -float(np.polyfit(np.log(steps), np.log(errors), 1)[0]), errors
 
 
 def check(path: Path, solver: Solver, order: int, steps: Sequence[int], where: str, chart: str | None) -> None:
-    if where == "inner":
+    start, end, grid = 0.0, path.window[1], "straight clock"
+    if where == "inner" and chart in ("data", "noise"):
+        start, end, grid = path.time(-1.0), path.time(1.0), "log_snr"
+        steps = [n * 3 // 2 for n in steps]
+    elif where == "inner":
         start, end = path.time(-1.5), path.time(1.5)
-    else:
-        start, end = 0.0, path.window[1]
-    slope, errors = measure(path, solver, steps, start, end, chart, where == "whole" or isinstance(path, Discrete))
+        grid = "straight clock" if isinstance(path, Discrete) else "uniform"
+    slope, errors = measure(path, solver, steps, start, end, chart, grid)
     print(f"ORDER {type(solver).__name__:14} {path!r:28.28} {where:5} {chart or '-':8} {slope:6.3f} {errors}")
     assert errors[0] < 0.1, errors
-    assert errors[-1] > 1e-13, errors
+    assert errors[-1] > 3e-14, errors
     assert abs(slope - order) <= 0.2, (slope, errors)
 
 
@@ -139,7 +146,7 @@ def check(path: Path, solver: Solver, order: int, steps: Sequence[int], where: s
     ("path", "chart"), [(CondOT(), "straight"), (VP(), "straight"), (VE(), "trig"), (Discrete.linear(), "trig")], ids=repr
 )
 def test_dopri5_and_dop853_agree(path: Path, chart: str) -> None:
-    """Two methods, two codes and two charts at tolerances of 1e-12 and 1e-13: the reference is converged."""
+    """Two methods, two codes and two charts at tolerances of 1e-12 and 3e-14: the reference is converged."""
     start, end = 0.0, path.window[1]
     x, truth = case(path, start, end)
     out = fs.sample(
@@ -195,12 +202,12 @@ def test_order_from_pure_noise_to_pure_data_on_the_other_paths(
 @pytest.mark.parametrize("where", ["inner", "whole"])
 @pytest.mark.parametrize("path", [*CORE, *MORE], ids=repr)
 def test_ddim_has_order_one(path: Path, where: str) -> None:
-    check(path, DDIM(), 1, (64, 128, 256), where, None)
+    check(path, DDIM(), 1, (64, 96, 144), where, None)
 
 
 @pytest.mark.parametrize("path", CORE, ids=repr)
 def test_euler_maruyama_without_noise_is_euler_in_flow_time(path: Path) -> None:
-    check(path, EulerMaruyama(eta=0.0), 1, (64, 128, 256), "inner", None)
+    check(path, EulerMaruyama(eta=0.0), 1, (64, 96, 144), "inner", None)
     start, end = path.time(-1.5), path.time(1.5)
     x, _ = case(path, start, end)
     flow, common = mixture().flow(path), {"start": x, "interval": (start, end), "nfe": 20}
@@ -243,7 +250,7 @@ def test_every_chart_and_prediction_solves_the_same_flow(chart: str) -> None:
 
 @pytest.mark.parametrize(
     ("solver", "order", "steps"),
-    [*((s, p, [4 * n for n in steps]) for s, p, steps in ORDERS)],
+    [(s, p, [n * (1 if p == 5 else 4) for n in steps]) for s, p, steps in ORDERS],
     ids=[type(s).__name__ for s, *_ in ORDERS],
 )
 def test_order_on_a_plain_ode(solver: Solver, order: int, steps: Sequence[int]) -> None:

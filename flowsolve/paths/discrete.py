@@ -1,0 +1,126 @@
+"""The path of a discrete table, exact at its entries and continuous in between."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from flowsolve.paths.base import Path, T
+
+__all__ = ["Discrete"]
+
+
+@dataclass(frozen=True)
+class Discrete(Path):
+    """The path of a discrete table ᾱ_0 > ᾱ_1 > … > ᾱ_{N−1}: exact at its entries, continuous in between.
+
+    With `clean` (the default) the path ends in the data itself: entry k sits at t = 1 − (k+1)/N and t = 1 has ᾱ = 1,
+    so N uniform steps visit every entry and end where DDPM ends. The network knows only the entries, hence the
+    window [0, 1 − 1/N]. Without `clean` the path ends at entry 0.
+
+    Between entries α/(α+σ), the clock of the straight chart, is linear in t: the one interpolation that is finite at
+    both ends, also for tables with zero terminal SNR. Native time is the (fractional) index k.
+    """
+
+    alphas_cumprod: tuple[float, ...]
+    clean: bool = True
+    _nodes: tuple[list[float], list[float]] = field(init=False, repr=False, compare=False)
+    _tensors: tuple[Tensor, Tensor] = field(init=False, repr=False, compare=False)
+
+    def __init__(self, alphas_cumprod: Iterable[float] | Tensor, clean: bool = True) -> None:
+        if isinstance(alphas_cumprod, Tensor):
+            alphas_cumprod = alphas_cumprod.detach().cpu().double().tolist()
+        table = tuple(float(a) for a in alphas_cumprod)
+        if len(table) < 2:
+            raise ValueError(f"alphas_cumprod has {len(table)} entries; expected a 1-D table of at least 2")
+        falling = all(x > y for x, y in pairwise(table))
+        if not falling or not (table[0] < 1.0 and table[-1] >= 0.0):
+            raise ValueError(
+                f"alphas_cumprod runs from {table[0]:.6g} to {table[-1]:.6g}; expected values in [0, 1) that strictly "
+                "decrease with the index (the noise grows). Pass the cumulative products, not the betas: "
+                "Discrete.from_betas(betas) builds them."
+            )
+        roots = [(math.sqrt(a), math.sqrt(1.0 - a)) for a in ((1.0, *table) if clean else table)]
+        nodes = ([a / (a + s) for a, s in roots], [s / (a + s) for a, s in roots])
+        tensors = tuple(torch.tensor(n, dtype=torch.float64) for n in nodes)
+        fields = {"alphas_cumprod": table, "clean": clean, "_nodes": nodes, "_tensors": tensors}
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def from_betas(cls, betas: Iterable[float] | Tensor, clean: bool = True) -> Discrete:
+        """The table ᾱ_k = Π_{j≤k} (1 − β_j) of Ho et al. 2020."""
+        if isinstance(betas, Tensor):
+            betas = betas.detach().cpu().double().tolist()
+        table, product = [], 1.0
+        for beta in betas:
+            product *= 1.0 - float(beta)
+            table.append(product)
+        return cls(table, clean)
+
+    @classmethod
+    def linear(
+        cls, steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, clean: bool = True
+    ) -> Discrete:
+        """DDPM's table: betas linear from beta_start to beta_end (Ho et al. 2020)."""
+        return cls.from_betas(torch.linspace(beta_start, beta_end, steps, dtype=torch.float64), clean)
+
+    def __repr__(self) -> str:
+        first, last = self.alphas_cumprod[0], self.alphas_cumprod[-1]
+        return f"Discrete({len(self.alphas_cumprod)} entries, {first:.6g} … {last:.6g}, clean={self.clean})"
+
+    @property
+    def _intervals(self) -> int:
+        return len(self._nodes[0]) - 1
+
+    @property
+    def window(self) -> tuple[float, float]:
+        return (0.0, 1.0 - 1.0 / self._intervals) if self.clean else (0.0, 1.0)
+
+    def _curve(self, t: Any, m: Any) -> tuple[Any, Any, Any, Any]:
+        n = self._intervals
+        place = (1.0 - t) * n
+        data, noise = self._table(t)
+        i: Any = place.floor().clamp(0, n - 1).long() if m is torch else min(int(place), n - 1)
+        w = place - i
+        a, b = (1.0 - w) * data[i] + w * data[i + 1], (1.0 - w) * noise[i] + w * noise[i + 1]
+        rate_a, rate_b = n * (data[i] - data[i + 1]), n * (noise[i] - noise[i + 1])
+        norm = m.sqrt(a * a + b * b)
+        twist = (rate_a * b - a * rate_b) / (norm * norm * norm)
+        return a / norm, b / norm, b * twist, -a * twist
+
+    def _time(self, log_snr: Any, m: Any) -> Any:
+        share = 1.0 / (1.0 + m.exp(log_snr))  # σ/(α+σ), increasing with the index
+        noise = self._table(log_snr)[1]
+        last = self._intervals - 1
+        i: Any
+        if m is torch:
+            i = (torch.searchsorted(noise, share.contiguous(), right=True) - 1).clamp(0, last)
+        else:
+            i = min(max(bisect_right(noise, share) - 1, 0), last)
+        return 1.0 - (i + (share - noise[i]) / (noise[i + 1] - noise[i])) / self._intervals
+
+    def _table(self, like: Any) -> tuple[Any, Any]:
+        """α/(α+σ) and σ/(α+σ) at the nodes, as lists for a float and as tensors beside a tensor."""
+        if not isinstance(like, Tensor):
+            return self._nodes
+        return self._tensors[0].to(like.device), self._tensors[1].to(like.device)
+
+    def native_time(self, t: T) -> T:
+        """The index k of the table: fractional between entries, exact at them, 0 beyond the last."""
+        k: Any = (1.0 - t) * self._intervals - (1.0 if self.clean else 0.0)
+        if isinstance(k, Tensor):
+            k = torch.where((k - k.round()).abs() < 1e-9, k.round(), k).clamp_min(0.0)
+        else:
+            k = max(float(round(k)) if abs(k - round(k)) < 1e-9 else k, 0.0)
+        return cast(T, k)
+
+    def time_from_native(self, native: T) -> T:
+        return 1.0 - (native + (1.0 if self.clean else 0.0)) / self._intervals
