@@ -1,5 +1,5 @@
 #!/bin/sh
-# The two bundled checkpoints, flowsolve/problems/checkpoints/{digits-ddpm,digits-condot}: an hour or less on two cores.
+# The two bundled checkpoints, flowsolve/problems/checkpoints/{digits-ddpm,digits-condot}: half an hour on two cores.
 # One thread each: the same seeds then give the same weights on the same processor and torch.
 # Usage: examples/train_digits.sh [directory]
 set -eu

@@ -90,7 +90,13 @@ def pursue(
 
     Returns:
         The states at the stops, and the solution at the last; its times are the solver's clock.
+
+    Raises:
+        ValueError: a budget that does not suffice for one step.
     """
+    least = solver.begin_nfe + solver.attempt_nfe
+    if budget is not None and budget < least:
+        raise ValueError(f"a budget of {budget} evaluations; {type(solver).__name__} needs {least} to take one step")
     count = y.shape[0]
     if count == 0 or start == stops[-1]:
         whole = torch.zeros(count, dtype=torch.int64)

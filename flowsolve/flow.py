@@ -44,6 +44,12 @@ class Flow:
     Raises:
         ValueError: unknown prediction, or one that can nowhere be solved for data and noise.
         TypeError: path is not a Path or net is not callable.
+
+    Example:
+        >>> flow = fs.Flow(lambda x, t: -x, fs.paths.CondOT(), prediction="velocity")
+        >>> estimate = flow.estimate(torch.ones(2, 3), 0.25)
+        >>> float(estimate.data[0, 0]), float(estimate.noise[0, 0])  # x + (1 − t) u and x − t u
+        (0.25, 1.25)
     """
 
     def __init__(

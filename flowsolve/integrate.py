@@ -3,8 +3,8 @@ r"""`sample`, `encode` and `solve`: a flow or an ODE, a solver, and the direct d
 An argument is checked before the first evaluation: the grid is laid out (`plan`), and every node where the network
 will be asked must have an estimate. Then the driver of `flowsolve.drivers` takes over.
 
-Where a path ends beyond the times its network knows (`Path.window`: a discrete table's clean end), a solver that asks
-within its steps goes to the window's edge, and one Euler step with the estimate at the edge closes the gap.
+Where a path ends beyond the times its network knows (`Path.window`: a discrete table's clean end), a grid with nodes or
+stages there goes to the window's edge instead, and one Euler step with the estimate at the edge closes the gap.
 """
 
 from __future__ import annotations
@@ -79,6 +79,15 @@ def sample(
         SolverError: a sample failed and throw is True. The error carries the whole solution.
         ValueError: bad times, grid, chart or budget, or an estimate that does not exist at a node.
         TypeError: bad solver or options.
+
+    Example:
+        >>> flow = fs.problems.GaussianMixture([[-1.0], [1.0]], std=0.2).flow(fs.paths.CondOT())
+        >>> sol = fs.sample(flow, shape=(4, 1), solver=fs.solvers.Heun(), nfe=20, seed=0)
+        >>> sol.x.shape, sol.nfe
+        (torch.Size([4, 1]), tensor([20, 20, 20, 20]))
+        >>> again = fs.sample(flow, shape=(1, 1), solver=fs.solvers.Heun(), nfe=20, seed=0, samples=[2])
+        >>> torch.allclose(again.x[0], sol.x[2])  # a sample is the same in any batch
+        True
     """
     if (shape is None) == (start is None):
         raise ValueError("give either shape=(B, *S), to start from noise, or start=x, to start from a state")
@@ -120,11 +129,16 @@ def encode(
         interval: flow times (from, to), by default from the data end of the network's window to 0.
 
     The other arguments, the result and the errors are those of `sample`; a solver that draws noise is refused.
+
+    Example:
+        >>> flow = fs.problems.GaussianMixture([[-1.0], [1.0]], std=0.2).flow(fs.paths.CondOT())
+        >>> x, solver = torch.tensor([[0.9], [-1.1]], dtype=torch.float64), fs.solvers.Dopri5(1e-9, 1e-9)
+        >>> noise = fs.encode(flow, x, solver=solver).x
+        >>> torch.allclose(fs.sample(flow, start=noise, solver=solver).x, x, atol=1e-7)
+        True
     """
     interval = interval or (flow.path.window[1], 0.0)
     _check_interval(interval)
-    if isinstance(solver, Solver) and solver.random:
-        raise ValueError(f"{solver!r} draws noise, so it cannot be traced back; encode with eta=0 or an ODE solver")
     return integrate(
         flow, x, interval, solver=solver, nfe=nfe, grid=grid, chart=chart, cond=cond, progress=progress,
         throw=throw, grad=grad,
@@ -150,7 +164,7 @@ def integrate(
     ruler = None if chart is None else charts.resolve(chart)
     _check_solver(solver)
     x = _state(x)
-    budget = _estimates(nfe, flow)
+    budget = estimates(nfe, flow)
 
     def answer(query: Query, index: Tensor | None) -> Any:
         return flow.estimate(query.x, query.t, **select(cond or {}, x.shape[0], index))
@@ -178,16 +192,25 @@ def plan(
     """The grid on which a fixed-grid solver will spend exactly nfe estimates, validated before anything is computed.
 
     Raises:
-        ValueError: neither nfe nor explicit times, a budget that contradicts them, times that are not a grid, or a
-            node where the estimate or the chart does not exist.
+        ValueError: neither nfe nor explicit times, a budget that contradicts them, times that are not a grid or not on
+            the interval, a solver that draws noise on the way to the noise, or a node where the estimate or the chart
+            does not exist.
     """
     start, end = interval
+    if end < start and solver.random:
+        raise ValueError(f"{solver!r} draws noise and has no way back from data to noise; use eta=0 or an ODE solver")
     edge = flow.path.window[1]
-    closing = solver.evaluations > 1 and start <= edge < end
     spacing = grids.resolve(grid)
     if isinstance(spacing, list):
+        if spacing[:1] + spacing[-1:] != [start, end]:
+            raise ValueError(
+                f"the times given run from {spacing[0]!r} to {spacing[-1]!r}, the interval from {start!r} to {end!r}; "
+                "give interval= the same ends"
+                if spacing
+                else "grid= is empty; expected at least 2 times"
+            )
         counts = [solver.evaluations] * (len(spacing) - 1)
-        if spacing and solver.evaluations > 1 and spacing[-1] > edge:
+        if solver.evaluations > 1 and spacing[-1] > edge:
             counts[-1] = 1
         steps = Grid(tuple(spacing), tuple(counts))
         if nfe is not None and nfe != steps.nfe:
@@ -197,15 +220,22 @@ def plan(
     else:
         if nfe is None:
             raise ValueError(f"{type(solver).__name__} steps on a fixed grid: give nfe=… or explicit times as grid=…")
-        if nfe < 1 + closing:
-            raise ValueError(f"nfe = {nfe}; expected at least {1 + closing} on {flow.path!r}")
-        counts = solver.schedule(nfe - closing)
-        times = spacing.times(flow.path, start, edge if closing else end, len(counts))
-        if closing:
-            times, counts = [*times, end], [*counts, 1]
+        counts = solver.schedule(nfe)
+        times = spacing.times(flow.path, start, end, len(counts))
+        if start < edge < end and (solver.evaluations > 1 or times[-2] > edge):
+            if nfe < 2:
+                raise ValueError(f"nfe = {nfe}; expected at least 2 with {type(solver).__name__} on {flow.path!r}")
+            counts = solver.schedule(nfe - 1)
+            times, counts = [*spacing.times(flow.path, start, edge, len(counts)), end], [*counts, 1]
         steps = Grid(tuple(times), tuple(counts))
     for i, t in enumerate(steps.times):
-        solver.require(flow, chart, t, last=i == steps.steps)
+        last = i == steps.steps
+        if t > edge and not last:
+            raise ValueError(
+                f"the grid asks the network at t = {t:g}, beyond its window [0, {edge:g}] on {flow.path!r}; only the "
+                "last time may lie there"
+            )
+        solver.require(flow, chart, t, last=last)
     return steps
 
 
@@ -244,11 +274,18 @@ def solve(
     Raises:
         SolverError: a sample failed and throw is True.
         ValueError, TypeError: bad times, budget, solver, or shape of f's result.
+
+    Example:
+        >>> y0 = torch.tensor([[1.0], [2.0]], dtype=torch.float64)
+        >>> sol = fs.solve(lambda t, y: -2 * t * y, y0, 0.0, 1.0, solver=fs.solvers.Dopri5(1e-8, 1e-8))
+        >>> torch.allclose(sol.x, y0 * torch.tensor(-1.0, dtype=torch.float64).exp(), atol=1e-7)
+        True
     """
     _check_solver(solver)
     if not isinstance(solver, RungeKutta):
         raise TypeError(f"{solver!r} works on flows only; a plain ODE needs a Runge–Kutta solver such as Dopri5()")
     t0, t1 = float(t0), float(t1)
+    nfe = _whole(nfe)
     stops = _stops(t0, t1, t_eval)
     single = y0.ndim == 0 or not batched
     y = _state(y0.unsqueeze(0) if single else y0)
@@ -301,9 +338,6 @@ def _adaptive(
     for node in (start, last):
         chart.require(path, node)
         flow.require(node, "the interval")
-    least = 2 - (solver.first_step is not None) + solver.attempt_nfe + closing
-    if budget is not None and budget < least:
-        raise ValueError(f"nfe = {budget}; {type(solver).__name__} needs at least {least} to take one step")
     s_last = chart.clock(path, last)
     _, solution = pursue(
         solver,
@@ -347,12 +381,17 @@ def _state(x: Tensor) -> Tensor:
     return x.to(state_dtype(x))
 
 
-def _estimates(nfe: int | None, flow: Flow) -> int | None:
-    """The estimates that a budget of network evaluations buys."""
-    if nfe is None:
-        return None
-    if isinstance(nfe, bool) or not isinstance(nfe, int) or nfe < 1:
+def _whole(nfe: int | None) -> int | None:
+    if nfe is not None and (isinstance(nfe, bool) or not isinstance(nfe, int) or nfe < 1):
         raise ValueError(f"nfe = {nfe!r}; expected an integer >= 1")
+    return nfe
+
+
+def estimates(nfe: int | None, flow: Flow) -> int | None:
+    """The estimates that a budget of network evaluations buys."""
+    if _whole(nfe) is None:
+        return None
+    assert nfe is not None
     if nfe % flow.nfe_per_call:
         raise ValueError(f"nfe = {nfe} is not a multiple of the {flow.nfe_per_call} evaluations an estimate costs here")
     return nfe // flow.nfe_per_call

@@ -73,10 +73,11 @@ class Noise:
         """Noise for the samples numbered 0 … n−1, or for those listed."""
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed = {seed!r}; expected an int")
-        numbers = torch.arange(samples) if isinstance(samples, int) else torch.as_tensor(samples, dtype=torch.int64)
-        if numbers.ndim != 1 or bool(((numbers < 0) | (numbers > MASK)).any()):
-            raise ValueError("sample numbers must be a flat list of integers in [0, 2**32)")
-        return cls(seed, numbers)
+        numbers = torch.as_tensor(range(samples) if isinstance(samples, int) and samples >= 0 else samples).cpu()
+        whole = not (numbers.is_floating_point() or numbers.is_complex()) or not numbers.numel()
+        if not whole or numbers.ndim != 1 or bool(((numbers < 0) | (numbers > MASK)).any()):
+            raise ValueError(f"samples = {samples!r}; expected a count, or a flat list of integers in [0, 2**32)")
+        return cls(seed, numbers.to(torch.int64))
 
     @classmethod
     def for_batch(cls, seed: int, count: int, samples: Sequence[int] | Tensor | None = None) -> Noise:
@@ -107,7 +108,8 @@ class Noise:
         count = math.prod(like.shape[1:])
         w = self.words(stream, interval, count, like.device)[:, :count]
         u = ((w.to(_wide(like)) + 0.5) * 2.0**-32).reshape(like.shape).to(like.dtype)
-        return u.clamp_max_(1.0 - torch.finfo(like.dtype).eps / 2)  # rounding to the dtype may reach 1
+        info = torch.finfo(like.dtype)
+        return u.clamp_(info.tiny, 1.0 - info.eps / 2)  # rounding to the dtype may reach 0 or 1
 
     def normal(self, stream: int, interval: int, like: Tensor) -> Tensor:
         """Standard normals of the shape (B, *S), dtype and device of `like`."""

@@ -74,9 +74,9 @@ def test_slope_is_the_derivative_of_the_frozen_curve(name: str, chart: Chart, t:
 @every_chart
 @given(t=inside)
 def test_time_inverts_the_clock(name: str, chart: Chart, t: float) -> None:
-    """s is read back through λ: λ is rounded to ε(1 + |λ|), α and σ to ε, and λ' is above 2: 1e-13 has room.
+    """s is read back through λ, rounded to ε(1 + |λ|) and, in the trig chart, ε over the angle left: 1e-13 in λ.
 
-    Cosine returns by an asin of slope 80 near the data. Trig loses the angle that is left at the data, atan(0.002): 500.
+    λ' is above 2 on every path. Cosine returns by an asin of slope 80 near the data.
     """
     path = PATHS[name]
     assert chart.time(path, chart.clock(path, t)) == pytest.approx(t, abs=1e-13)
@@ -178,20 +178,6 @@ def ddim(path: Path, estimate: tuple[Tensor, Tensor], t_next: float) -> Tensor:
     return there.alpha * estimate[0] + there.sigma * estimate[1]  # type: ignore[no-any-return]
 
 
-def assert_equal_steps(
-    got: Tensor, expected: Tensor, path: Path, chart: Chart, t: float, t_next: float, size: float
-) -> None:
-    """To 1e-10 relative to the terms of the sum y' = y + Δs·(dy/ds), which may cancel in x' = c' y'.
-
-    `size` bounds |ẑ| and |ε̂|. Terms are as large as the state in the chart at either end, scaled by c'.
-    """
-    here, there = path.at(t), path.at(t_next)
-    c, c_next = chart.scale(here), chart.scale(there)
-    at_start = (abs(here.alpha) + abs(here.sigma)) / c * c_next
-    terms = size * (at_start + abs(there.alpha) + abs(there.sigma))
-    assert float((got - expected).abs().max()) <= 1e-10 * max(1.0, min(terms, 1e3))
-
-
 @every_path
 @ddim_charts
 @given(t=inside, t_next=inside, z=pair, eps=pair)
@@ -202,18 +188,22 @@ def test_euler_is_ddim_for_a_frozen_estimate(
     path = PATHS[name]
     data, noise = (torch.tensor([v], dtype=torch.float64) for v in (z, eps))
     got = euler(frozen(path, data, noise), chart, path.interpolate(data, noise, t), t, t_next)
-    assert_equal_steps(got, ddim(path, (data, noise), t_next), path, chart, t, t_next, 4.0)
+    # Relative to the new state: VE and EDM reach σ = 80. A chart's y is at most 500 times the state (EDM, 1/σ).
+    there = path.at(t_next)
+    assert float((got - ddim(path, (data, noise), t_next)).abs().max()) <= 1e-10 * max(1.0, there.alpha + there.sigma)
 
 
 @every_path
 @ddim_charts
 @pytest.mark.parametrize("prediction", ["velocity", "data", "noise", "v", "score"])
 @pytest.mark.parametrize(("t", "t_next"), [(0.1, 0.3), (0.3, 0.1), (0.55, 0.9), (0.9, 0.55), (0.2, 0.95)])
-def test_euler_is_ddim_for_a_linear_network(
-    name: str, chart: Chart, prediction: str, t: float, t_next: float
-) -> None:
-    """ẑ and ε̂ from the network's output by the textbook, one prediction at a time."""
+def test_euler_is_ddim_for_a_linear_network(name: str, chart: Chart, prediction: str, t: float, t_next: float) -> None:
+    """ẑ and ε̂ from the network's output by the textbook, one prediction at a time.
+
+    A table's velocity jumps at its entries, where the last bit of t decides between two estimates: not asked there.
+    """
     path = PATHS[name]
+    t = smooth_time(path, t)
     p = path.at(t)
     net = linear_net(0.7, 0.2)
     x = torch.tensor([[0.4, -1.1, 0.9], [1.7, 0.3, -0.2]], dtype=torch.float64) * math.hypot(p.alpha, p.sigma)

@@ -58,10 +58,8 @@ def test_any_shape_and_any_kind_of_time(shape: tuple[int, ...], kind: str) -> No
     assert isinstance(estimate, Estimate)
     point = flow.path.at(float(torch.tensor(0.3)) if kind == "0-d" else 0.3)
     torch.testing.assert_close(estimate.noise, 0.5 * x, rtol=1e-13, atol=1e-13)
-    torch.testing.assert_close(
-        estimate.data, (x - point.sigma * 0.5 * x) / point.alpha, rtol=1e-12, atol=1e-12
-    )
-    (_, time, _), = net.calls
+    torch.testing.assert_close(estimate.data, (x - point.sigma * 0.5 * x) / point.alpha, rtol=1e-12, atol=1e-12)
+    ((_, time, _),) = net.calls
     assert time.shape == (3,)
     torch.testing.assert_close(time, torch.full((3,), 0.3, dtype=torch.float64), rtol=1e-7, atol=0.0)
 
@@ -239,7 +237,7 @@ def test_a_flow_that_cannot_be_is_refused(build: Any, error: type[Exception], me
 
 
 def test_a_prediction_that_repeats_the_state_is_refused() -> None:
-    with pytest.raises(SingularEstimate, match="'echo' prediction .* repeats what x already says"):
+    with pytest.raises(SingularEstimate, match=r"'echo' prediction .* repeats what x already says"):
         Flow(nn.Identity(), VP(), Prediction("echo", lambda p: Row(p.alpha, p.sigma)))
 
 
@@ -274,7 +272,9 @@ def test_a_diffusers_output_is_refused_with_the_wrapper_to_write() -> None:
 
 def test_a_learned_variance_is_recognised() -> None:
     flow = Flow(lambda x, t: torch.cat((x, x), dim=1), VP(), "noise")
-    with pytest.raises(ValueError, match=r"shape \(2, 6, 4, 4\) for x of shape \(2, 3, 4, 4\).*learned variance.*first half"):
+    with pytest.raises(
+        ValueError, match=r"shape \(2, 6, 4, 4\) for x of shape \(2, 3, 4, 4\).*learned variance.*first half"
+    ):
         flow.estimate(state(2, 3, 4, 4), 0.5)
 
 
@@ -312,9 +312,9 @@ def test_a_data_prediction_at_pure_data_is_an_error_that_suggests_an_end(path: P
 def test_require_names_who_asked() -> None:
     flow = Flow(nn.Identity(), CondOT(), "noise")
     flow.require(0.5)
-    with pytest.raises(SingularEstimate, match="^the grid asks a 'noise' prediction at t = 0"):
+    with pytest.raises(SingularEstimate, match=r"^the grid asks a 'noise' prediction at t = 0"):
         flow.require(0.0)
-    with pytest.raises(SingularEstimate, match="^the interval asks"):
+    with pytest.raises(SingularEstimate, match=r"^the interval asks"):
         flow.require(0.0, "the interval")
 
 

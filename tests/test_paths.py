@@ -395,7 +395,9 @@ def test_discrete_paths_are_values() -> None:
     assert hash(path) == hash(Discrete.linear(10))
     assert path != Discrete.linear(10, clean=False)
     assert copy.deepcopy(path).alpha(0.35) == path.alpha(0.35)
-    assert repr(path) == f"Discrete(10 entries, {path.alphas_cumprod[0]:.6g} … {path.alphas_cumprod[-1]:.6g}, clean=True)"
+    assert (
+        repr(path) == f"Discrete(10 entries, {path.alphas_cumprod[0]:.6g} … {path.alphas_cumprod[-1]:.6g}, clean=True)"
+    )
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------

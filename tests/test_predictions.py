@@ -64,9 +64,7 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> 
 @every_path
 @settings(max_examples=25)
 @given(t=inside, z=numbers, eps=numbers)
-def test_every_pair_of_predictions_converts_and_returns(
-    path: Path, t: float, z: list[float], eps: list[float]
-) -> None:
+def test_every_pair_of_predictions_converts_and_returns(path: Path, t: float, z: list[float], eps: list[float]) -> None:
     point = path.at(t)
     data, noise = (torch.tensor([v], dtype=torch.float64) for v in (z, eps))
     x = point.alpha * data + point.sigma * noise
@@ -224,7 +222,9 @@ def test_the_five_predictions_are_named() -> None:
 
 @pytest.mark.parametrize("wrong", ["epsilon", "", 3, None, ["noise"]])
 def test_an_unknown_prediction_is_an_error_that_lists_the_names(wrong: Any) -> None:
-    with pytest.raises(ValueError, match=r"not known; expected one of .*'epsilon' is 'noise'.*'v_prediction' is 'v'") as e:
+    with pytest.raises(
+        ValueError, match=r"not known; expected one of .*'epsilon' is 'noise'.*'v_prediction' is 'v'"
+    ) as e:
         resolve(wrong)
     assert all(name in str(e.value) for name in NAMES)
 

@@ -110,8 +110,9 @@ def load(source: str | Path, *, device: torch.device | str | None = None, dtype:
         also = f"; {', '.join(pickles)} may execute code when read: convert it" if pickles else ""
         raise FileNotFoundError(f"no safetensors weights in {root / 'unet'}{also}")
     library = require("diffusers", "diffusers", "loading a diffusers checkpoint")
-    net = library.UNet2DModel.from_pretrained(root / "unet", use_safetensors=True, local_files_only=True)
-    return as_flow(net.to(device=device, dtype=dtype), scheduler)
+    options = {} if dtype is None else {"torch_dtype": dtype}
+    net = library.UNet2DModel.from_pretrained(root / "unet", use_safetensors=True, local_files_only=True, **options)
+    return as_flow(net if device is None else net.to(device), scheduler)
 
 
 def as_flow(unet: nn.Module, scheduler: Any) -> Flow:

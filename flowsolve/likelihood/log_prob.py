@@ -33,7 +33,7 @@ from flowsolve._batch import per_sample, select, state_dtype
 from flowsolve.charts import Chart
 from flowsolve.drivers import march, pursue
 from flowsolve.flow import Flow
-from flowsolve.integrate import plan
+from flowsolve.integrate import estimates, plan
 from flowsolve.likelihood import trace as traces
 from flowsolve.noise import Noise
 from flowsolve.solution import Solution
@@ -110,6 +110,14 @@ def log_prob(
         SolverError: a sample failed and throw is True.
         ValueError: bad times, grid, chart, trace or budget, or an estimate that does not exist on the interval.
         TypeError: a solver that is not a Runge–Kutta solver.
+
+    Example:
+        >>> mixture = fs.problems.GaussianMixture([[-1.0, 0.0], [1.0, 0.0]], std=0.3, dtype=torch.float64)
+        >>> x = mixture.sample(3, seed=0)
+        >>> solver = fs.solvers.Dopri5(1e-8, 1e-8)
+        >>> out = fs.log_prob(mixture.flow(fs.paths.CondOT()), x, solver=solver, trace="exact")
+        >>> torch.allclose(out.log_prob, mixture.log_prob(x), atol=1e-6)
+        True
     """
     if not isinstance(solver, RungeKutta):
         raise TypeError(f"solver is {solver!r}; log_prob needs a Runge–Kutta solver such as Dopri5() or RK4()")
@@ -125,7 +133,7 @@ def log_prob(
     ruler = charts.CHARTS["straight"] if chart is None else charts.resolve(chart)
     for t in (start, end):
         ruler.require(path, t)
-        flow.require(t, "the interval")
+    budget = estimates(nfe, flow)
     graph = torch.is_grad_enabled() and (x.requires_grad if grad is None else grad)
     x = x.to(state_dtype(x))
     count, size = x.shape[0], math.prod(x.shape[1:])
@@ -157,10 +165,12 @@ def log_prob(
     s_start, s_end = ruler.clock(path, start), ruler.clock(path, end)
     with torch.set_grad_enabled(graph):
         if isinstance(solver, Adaptive) and solver.adaptive:
+            for t in (start, end):
+                flow.require(t, "the interval")
             control = replace(solver, norm=lambda e: torch.maximum(solver.norm(e[:, :size]), e[:, size:].abs().amax(1)))
-            _, solution = pursue(control, joint, s_start, [s_end], answer, budget=nfe, progress=progress)
+            _, solution = pursue(control, joint, s_start, [s_end], answer, budget=budget, progress=progress)
         else:
-            steps = plan(solver, flow, (start, end), grid, nfe, ruler)
+            steps = plan(solver, flow, (start, end), grid, budget, ruler)
             clock = [ruler.clock(path, t) for t in steps.times]
             intervals = list(zip(clock, clock[1:], steps.evaluations, strict=False))
             _, solution = march(solver.step, State(joint), intervals, answer, progress=progress)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -36,6 +36,11 @@ class Point(NamedTuple):
 
 class Path:
     """A Gaussian path x_t = α(t) z + σ(t) ε. A subclass gives its curve and the inverse of its log-SNR.
+
+    Example:
+        >>> path = fs.paths.CondOT()
+        >>> path.alpha(0.25), path.sigma(0.25), round(path.time(0.0), 12)
+        (0.25, 0.75, 0.5)
 
     All methods take flow time t in [0, 1] as a float (and return a float) or as a tensor of any shape (and return a
     float64 tensor of that shape on the same device).
@@ -110,16 +115,26 @@ class Path:
 
     def native_time(self, t: T) -> T:
         """The clock the network was trained with, at flow time t."""
-        raise NotImplementedError
+        return cast(T, self._to_native(_wide(t)))
 
     def time_from_native(self, native: T) -> T:
         """The flow time of a native time; the inverse of `native_time`."""
+        return cast(T, self._from_native(_wide(native)))
+
+    def _to_native(self, t: Any) -> Any:
+        raise NotImplementedError
+
+    def _from_native(self, native: Any) -> Any:
         raise NotImplementedError
 
     def interpolate(self, data: Tensor, noise: Tensor, t: float | Tensor) -> Tensor:
         """x_t = α(t) z + σ(t) ε for data and noise of shape (B, *S) and t a float or of shape (B,)."""
         point = self.at(t)
         return linear(point.alpha, data, point.sigma, noise)
+
+
+def _wide(t: Any) -> Any:
+    return t.to(torch.float64) if isinstance(t, Tensor) else float(t)
 
 
 def _outside(t: float) -> str:

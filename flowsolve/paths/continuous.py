@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from flowsolve._batch import saturating_log
-from flowsolve.paths.base import Path, T
+from flowsolve.paths.base import Path
 
 __all__ = ["EDM", "VE", "VP", "CondOT", "Cosine", "SubVP", "Trig"]
 
@@ -34,10 +34,10 @@ class CondOT(Path):
     def _time(self, log_snr: Any, m: Any) -> Any:
         return 1.0 / (m.exp(-log_snr) + (1.0 - self.sigma_min))
 
-    def native_time(self, t: T) -> T:
+    def _to_native(self, t: Any) -> Any:
         return t
 
-    def time_from_native(self, native: T) -> T:
+    def _from_native(self, native: Any) -> Any:
         return native
 
 
@@ -46,10 +46,10 @@ class _Diffusion(Path):
 
     tau_min: float
 
-    def native_time(self, t: T) -> T:
+    def _to_native(self, t: Any) -> Any:
         return (1.0 - t) + self.tau_min * t
 
-    def time_from_native(self, native: T) -> T:
+    def _from_native(self, native: Any) -> Any:
         return (1.0 - native) / (1.0 - self.tau_min)
 
     def _check_tau(self) -> None:
@@ -73,7 +73,7 @@ class VP(_Diffusion):
 
     def _decay(self, t: Any) -> tuple[Any, Any]:
         """L = −log α and dL/dt."""
-        tau = self.native_time(t)
+        tau = self._to_native(t)
         slope = self.beta_max - self.beta_min
         return (0.25 * slope * tau + 0.5 * self.beta_min) * tau, -0.5 * (self.beta_min + slope * tau) * (
             1.0 - self.tau_min
@@ -90,7 +90,7 @@ class VP(_Diffusion):
 
     def _time_of_decay(self, decay: Any, m: Any) -> Any:
         root = m.sqrt(self.beta_min**2 + 4.0 * (self.beta_max - self.beta_min) * decay)
-        return self.time_from_native(4.0 * decay / (self.beta_min + root))
+        return self._from_native(4.0 * decay / (self.beta_min + root))
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Cosine(_Diffusion):
     def _curve(self, t: Any, m: Any) -> tuple[Any, Any, Any, Any]:
         quarter, norm = 0.5 * math.pi / (1.0 + self.s), math.cos(self._start)
         rate = quarter * (1.0 - self.tau_min)
-        tau = self.native_time(t)
+        tau = self._to_native(t)
         alpha, alpha_dot = m.sin(rate * t) / norm, rate * m.cos(rate * t) / norm
         # cos²θ₀ − cos²θ = sin(θ−θ₀) sin(θ+θ₀)
         sigma = m.sqrt(m.sin(quarter * tau) * m.sin(quarter * (tau + 2.0 * self.s))) / norm
@@ -156,10 +156,10 @@ class Trig(Path):
     def _time(self, log_snr: Any, m: Any) -> Any:
         return m.atan(m.exp(log_snr)) * (2.0 / math.pi)
 
-    def native_time(self, t: T) -> T:
+    def _to_native(self, t: Any) -> Any:
         return 0.5 * math.pi * (1.0 - t)
 
-    def time_from_native(self, native: T) -> T:
+    def _from_native(self, native: Any) -> Any:
         return 1.0 - native * (2.0 / math.pi)
 
 
@@ -173,12 +173,11 @@ class _Exploding(Path):
     def prior_std(self) -> float:
         return self.sigma_max
 
-    def native_time(self, t: T) -> T:
+    def _to_native(self, t: Any) -> Any:
         return self.sigma(t)
 
-    def time_from_native(self, native: T) -> T:
-        log_snr: T = -saturating_log(native)
-        return self.time(log_snr)
+    def _from_native(self, native: Any) -> Any:
+        return self.time(-saturating_log(native))
 
     def _check_range(self) -> None:
         _positive(sigma_min=self.sigma_min, sigma_max=self.sigma_max)

@@ -7,12 +7,12 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flowsolve.paths.base import Path, T
+from flowsolve.paths.base import Path
 
 __all__ = ["Discrete"]
 
@@ -26,7 +26,8 @@ class Discrete(Path):
     window [0, 1 − 1/N]. Without `clean` the path ends at entry 0.
 
     Between entries α/(α+σ), the clock of the straight chart, is linear in t: the one interpolation that is finite at
-    both ends, also for tables with zero terminal SNR. Native time is the (fractional) index k.
+    both ends, also for tables with zero terminal SNR. Its slope jumps at the entries, so that a *velocity* in flow
+    time is ambiguous exactly there; the other predictions do not see it. Native time is the (fractional) index k.
     """
 
     alphas_cumprod: tuple[float, ...]
@@ -113,14 +114,12 @@ class Discrete(Path):
             return self._nodes
         return self._tensors[0].to(like.device), self._tensors[1].to(like.device)
 
-    def native_time(self, t: T) -> T:
-        """The index k of the table: fractional between entries, exact at them, 0 beyond the last."""
-        k: Any = (1.0 - t) * self._intervals - (1.0 if self.clean else 0.0)
+    def _to_native(self, t: Any) -> Any:
+        """The index k: fractional between entries, exact at them, 0 beyond the last."""
+        k = (1.0 - t) * self._intervals - (1.0 if self.clean else 0.0)
         if isinstance(k, Tensor):
-            k = torch.where((k - k.round()).abs() < 1e-9, k.round(), k).clamp_min(0.0)
-        else:
-            k = max(float(round(k)) if abs(k - round(k)) < 1e-9 else k, 0.0)
-        return cast(T, k)
+            return torch.where((k - k.round()).abs() < 1e-9, k.round(), k).clamp_min(0.0)
+        return max(float(round(k)) if abs(k - round(k)) < 1e-9 else k, 0.0)
 
-    def time_from_native(self, native: T) -> T:
+    def _from_native(self, native: Any) -> Any:
         return 1.0 - (native + (1.0 if self.clean else 0.0)) / self._intervals

@@ -214,6 +214,11 @@ class Adaptive(RungeKutta):
         )
 
     @property
+    def begin_nfe(self) -> int:
+        """Evaluations spent before the first step."""
+        return 1 if self.first_step is not None else 2
+
+    @property
     def attempt_nfe(self) -> int:
         """Evaluations of one attempted step."""
         return self.tableau.stages - 1

@@ -44,7 +44,7 @@ def check_eta(eta: float, most: float = math.inf) -> None:
 
 @dataclass(frozen=True)
 class _FrozenEstimate(EstimateSolver):
-    """x_s = α_s ẑ + √(σ_s² − τ²) ε̂ + τ ξ; a subclass gives τ²/σ_s² as a function of e^(−h)."""
+    """x_s = α_s ẑ + √(σ_s² − τ²) ε̂ + τ ξ; a subclass that draws noise gives τ²/σ_s² as a function of e^(−h)."""
 
     def fresh(self, decay: float) -> float:
         """τ²/σ_s², the share of the noise's variance that is drawn anew, from e^(−h)."""
@@ -54,7 +54,7 @@ class _FrozenEstimate(EstimateSolver):
         """One step from t to t_next."""
         estimate = yield Query(state.x, t)
         there = path.at(t_next)
-        share = self.fresh(_decay(path.at(t), there))
+        share = self.fresh(_decay(path.at(t), there)) if self.random else 0.0
         x = estimate.combine(there.alpha, there.sigma * math.sqrt(1.0 - share))
         if share > 0.0 and there.sigma > 0.0:
             assert state.noise is not None
@@ -87,7 +87,7 @@ class DDIM(_FrozenEstimate):
 
     def fresh(self, decay: float) -> float:
         """η² (1 − e^(−2h))."""
-        return self.eta**2 * (1.0 - decay) * (1.0 + decay) if self.eta else 0.0
+        return self.eta**2 * (1.0 - decay) * (1.0 + decay)
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,4 @@ class ExactSDE(_FrozenEstimate):
 
     def fresh(self, decay: float) -> float:
         """1 − e^(−2η²h)."""
-        if self.eta == 0.0:
-            return 0.0
         return -math.expm1(2.0 * self.eta**2 * math.log(decay)) if decay > 0.0 else 1.0

@@ -143,7 +143,8 @@ def check(path: Path, solver: Solver, order: int, steps: Sequence[int], where: s
 
 
 @pytest.mark.parametrize(
-    ("path", "chart"), [(CondOT(), "straight"), (VP(), "straight"), (VE(), "trig"), (Discrete.linear(), "trig")], ids=repr
+    ("path", "chart"),
+    [(CondOT(), "straight"), (VP(), "straight"), (VE(), "trig"), (Discrete.linear(), "trig")],
 )
 def test_dopri5_and_dop853_agree(path: Path, chart: str) -> None:
     """Two methods, two codes and two charts at tolerances of 1e-12 and 3e-14: the reference is converged."""
@@ -250,7 +251,7 @@ def test_every_chart_and_prediction_solves_the_same_flow(chart: str) -> None:
 
 @pytest.mark.parametrize(
     ("solver", "order", "steps"),
-    [(s, p, [n * (1 if p == 5 else 4) for n in steps]) for s, p, steps in ORDERS],
+    [(s, p, [n * 4 for n in steps]) for s, p, steps in ORDERS],
     ids=[type(s).__name__ for s, *_ in ORDERS],
 )
 def test_order_on_a_plain_ode(solver: Solver, order: int, steps: Sequence[int]) -> None:
@@ -258,9 +259,8 @@ def test_order_on_a_plain_ode(solver: Solver, order: int, steps: Sequence[int]) 
     y0 = torch.tensor([[1.0, 0.5], [0.25, 2.0]], dtype=torch.float64)
     for t1 in (1.5, -1.5):
         truth = 1.0 / (1.0 / y0 + t1**2)
-        errors = [
-            float((fs.solve(lambda t, y: -2 * t * y * y, y0, 0.0, t1, solver=solver, nfe=n * solver.evaluations).x - truth)
-                  .abs().max())
-            for n in steps
-        ]  # fmt: skip
+        errors = []
+        for n in steps:
+            sol = fs.solve(lambda t, y: -2 * t * y * y, y0, 0.0, t1, solver=solver, nfe=n * solver.evaluations)
+            errors.append(float((sol.x - truth).abs().max()))
         assert -np.polyfit(np.log(steps), np.log(errors), 1)[0] == pytest.approx(order, abs=0.2)

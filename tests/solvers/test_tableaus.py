@@ -70,7 +70,9 @@ def exact(values: tuple[float, ...]) -> list[Fraction]:
 def residuals(tableau: Tableau, b: list[Fraction], order: int) -> list[Fraction]:
     a = [exact(row) for row in tableau.a]
     return [
-        abs(sum((w * phi for w, phi in zip(b, weights(tree, a), strict=True)), Fraction(0)) - Fraction(1, density(tree)))
+        abs(
+            sum((w * phi for w, phi in zip(b, weights(tree, a), strict=True)), Fraction(0)) - Fraction(1, density(tree))
+        )
         for tree in sorted(trees(order))
     ]
 
@@ -99,8 +101,7 @@ def test_order_conditions_hold_in_float_arithmetic(tableau: Tableau) -> None:
     def phi(tree: Tree) -> list[float]:
         branches = [phi(branch) for branch in tree]
         return [
-            math.prod(sum(x * p for x, p in zip(row, branch, strict=False)) for branch in branches)
-            for row in tableau.a
+            math.prod(sum(x * p for x, p in zip(row, branch, strict=False)) for branch in branches) for row in tableau.a
         ]
 
     for order in range(1, tableau.order + 1):
@@ -134,7 +135,14 @@ DOPRI5_COMPANION = "5179/57600 0 7571/16695 393/640 -92097/339200 187/2100 1/40"
 
 @pytest.mark.parametrize(
     ("tableau", "fsal", "evaluations"),
-    [(EULER, False, 1), (MIDPOINT, False, 2), (HEUN, False, 2), (KUTTA3, False, 3), (CLASSIC4, False, 4), (DOPRI5, True, 6)],
+    [
+        (EULER, False, 1),
+        (MIDPOINT, False, 2),
+        (HEUN, False, 2),
+        (KUTTA3, False, 3),
+        (CLASSIC4, False, 4),
+        (DOPRI5, True, 6),
+    ],
     ids=lambda v: v.name if isinstance(v, Tableau) else "",
 )
 def test_first_same_as_last_is_derived_from_the_numbers(tableau: Tableau, fsal: bool, evaluations: int) -> None:
