@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["linear", "per_sample", "saturating_log", "select", "state_dtype"]
+__all__ = ["linear", "per_sample", "rows", "saturating_log", "select", "state_dtype"]
 
 TINY = 2.2250738585072014e-308  # the smallest normal float64; log-SNRs saturate at ±log(TINY) = ±708.4
 
@@ -40,6 +40,11 @@ def linear(a: Any, x: Tensor, b: Any, y: Tensor) -> Tensor:
     if b == 0.0:
         return x if a == 1.0 else a * x
     return torch.add(x if a == 1.0 else a * x, y, alpha=b)
+
+
+def rows(x: Tensor) -> Tensor:
+    """x of shape (B, *S) as (B, D)."""
+    return x.flatten(1) if x.ndim > 1 else x.unsqueeze(1)
 
 
 def state_dtype(x: Tensor) -> torch.dtype:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowsolve._batch import rows
 from flowsolve._optional import require
 from flowsolve.solution import Solution
 from flowsolve.solvers.adaptive import Adaptive, AdaptiveState, Status
@@ -35,10 +36,11 @@ def march(
     intervals: Sequence[tuple[float, float, int]],
     ask: Ask,
     *,
+    start: float,
     keep: Collection[int] = (),
     progress: bool = False,
 ) -> tuple[list[Tensor], Solution]:
-    """Step through the intervals (t, t_next, evaluations) of a fixed grid.
+    """Step from start through the intervals (t, t_next, evaluations) of a fixed grid.
 
     Returns:
         The states at the nodes numbered in `keep`, and the solution at the last node.
@@ -55,13 +57,13 @@ def march(
     with _bar(progress, len(intervals), "step") as bar:
         for i, interval in enumerate(intervals):
             state = run(step(state, *interval), answer)
-            sums.append(state.x.detach().flatten(1).sum(1))
+            sums.append(rows(state.x.detach()).sum(1))
             if i + 1 in keep:
                 kept.append(state.x)
             bar(1)
 
     whole = torch.zeros(count, dtype=torch.int64)
-    t, status = torch.zeros(count, dtype=torch.float64), whole + Status.SUCCESS
+    t, status = torch.full((count,), start, dtype=torch.float64), whole + Status.SUCCESS
     if intervals:
         bad = ~torch.isfinite(torch.stack(sums)).cpu()
         ends = torch.tensor([end for _, end, _ in intervals], dtype=torch.float64)

@@ -84,7 +84,8 @@ class Spacing(Protocol):
         ...
 
 
-def _fractions(start: float, end: float, steps: int) -> list[float]:
+def fractions(start: float, end: float, steps: int) -> list[float]:
+    """start + (end − start) i/steps for i = 0 … steps, as exact as float64 allows, with the ends to the bit."""
     return [start, *((start * (steps - i) + end * i) / steps for i in range(1, steps)), end]
 
 
@@ -94,7 +95,7 @@ class Uniform:
 
     def times(self, path: Path, start: float, end: float, steps: int) -> list[float]:
         """The steps + 1 times from start to end."""
-        return _fractions(start, end, steps)
+        return fractions(start, end, steps)
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class LogSNR:
         return [start, *inner, end]
 
     def _place(self, lo: float, hi: float, steps: int) -> list[float]:
-        return _fractions(lo, hi, steps)
+        return fractions(lo, hi, steps)
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class Karras(LogSNR):
 
     def _place(self, lo: float, hi: float, steps: int) -> list[float]:
         first, last = math.exp(-lo / self.rho), math.exp(-hi / self.rho)
-        return [lo, *(-self.rho * math.log(r) for r in _fractions(first, last, steps)[1:-1]), hi]
+        return [lo, *(-self.rho * math.log(r) for r in fractions(first, last, steps)[1:-1]), hi]
 
 
 SPACINGS: dict[str, Spacing] = {"uniform": Uniform(), "log_snr": LogSNR(), "karras": Karras()}

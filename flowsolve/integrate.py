@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -176,7 +176,9 @@ def integrate(
         else:
             steps = plan(solver, flow, interval, grid, budget, ruler)
             state = State(x, noise=noise)
-            solution = march(solver.on(flow, ruler), state, steps.intervals, answer, progress=progress)[1]
+            solution = march(
+                solver.on(flow.path, ruler), state, steps.intervals, answer, start=interval[0], progress=progress
+            )[1]
     solution = replace(solution, nfe=solution.nfe * flow.nfe_per_call)
     return solution.raise_on_failure() if throw else solution
 
@@ -221,12 +223,12 @@ def plan(
         if nfe is None:
             raise ValueError(f"{type(solver).__name__} steps on a fixed grid: give nfe=… or explicit times as grid=…")
         counts = solver.schedule(nfe)
-        times = spacing.times(flow.path, start, end, len(counts))
+        times = _share(spacing.times(flow.path, start, end, nfe), counts)
         if start < edge < end and (solver.evaluations > 1 or times[-2] > edge):
             if nfe < 2:
                 raise ValueError(f"nfe = {nfe}; expected at least 2 with {type(solver).__name__} on {flow.path!r}")
             counts = solver.schedule(nfe - 1)
-            times, counts = [*spacing.times(flow.path, start, edge, len(counts)), end], [*counts, 1]
+            times, counts = [*_share(spacing.times(flow.path, start, edge, nfe - 1), counts), end], [*counts, 1]
         steps = Grid(tuple(times), tuple(counts))
     for i, t in enumerate(steps.times):
         last = i == steps.steps
@@ -308,10 +310,10 @@ def solve(
         if nfe is None:
             raise ValueError(f"{type(solver).__name__} steps on a fixed grid: give nfe=…")
         counts = solver.schedule(nfe)
-        times = [t0, *((t0 * (len(counts) - i) + t1 * i) / len(counts) for i in range(1, len(counts))), t1]
+        times = _share(grids.fractions(t0, t1, nfe), counts)
         intervals = list(zip(times, times[1:], counts, strict=False)) if t0 != t1 else []
         keep = _nodes(times, stops)
-        kept, solution = march(solver.step, State(y), intervals, answer, keep=keep, progress=progress)
+        kept, solution = march(solver.step, State(y), intervals, answer, start=t0, keep=keep, progress=progress)
     x = torch.stack([k[0] if single else k for k in kept])
     if t_eval is None:
         solution = replace(solution, x=x[-1])
@@ -358,6 +360,11 @@ def _adaptive(
     closed = ask(Query(y, edge), None).combine(there.alpha, there.sigma)
     y = torch.where(solution.ok.to(y.device).reshape(-1, *[1] * (y.ndim - 1)), closed, y)
     return replace(solution, x=y, t=torch.where(solution.ok, end, t), nfe=solution.nfe + 1)
+
+
+def _share(times: Sequence[float], counts: Sequence[int]) -> list[float]:
+    """The ends of steps that cost `counts`, on a grid with a step for each evaluation: dear steps are long."""
+    return [times[i] for i in accumulate(counts, initial=0)]
 
 
 def _check_solver(solver: Any) -> None:

@@ -148,7 +148,7 @@ def euler(flow: Flow, chart: Chart, x: Tensor, t: float, t_next: float) -> Tenso
         asked += 1
         return flow.estimate(query.x, query.t)
 
-    state = run(Euler().on(flow, chart)(State(x), t, t_next, 1), answer)
+    state = run(Euler().on(flow.path, chart)(State(x), t, t_next, 1), answer)
     assert asked == 1
     assert state.step == 1
     result: Tensor = state.x

@@ -85,7 +85,7 @@ class Demonstration:
 
 
 def demonstrate(
-    out: Path, *, images: int = 100, samples: int = 64, seed: int = 0, say: Callable[[str], Any] = print
+    out: Path, *, images: int = 100, samples: int = 32, seed: int = 0, say: Callable[[str], Any] = print
 ) -> list[Demonstration]:
     """Sample both bundled checkpoints, draw their NFE–error curves and read bits/dim of held-out digits.
 

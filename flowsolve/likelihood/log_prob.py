@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from flowsolve import charts
-from flowsolve._batch import per_sample, select, state_dtype
+from flowsolve._batch import per_sample, rows, select, state_dtype
 from flowsolve.charts import Chart
 from flowsolve.drivers import march, pursue
 from flowsolve.flow import Flow
@@ -157,10 +157,10 @@ def log_prob(
             divergence = per_sample(c, jacobian) * (
                 per_sample(k_x, jacobian) * size + per_sample(k_o, jacobian) * jacobian
             )
-            out = torch.cat((slope.flatten(1), divergence), 1)
+            out = torch.cat((rows(slope), divergence), 1)
         return out if graph else out.detach()
 
-    first = x.flatten(1) / ruler.scale(path.at(start))
+    first = rows(x) / ruler.scale(path.at(start))
     joint = torch.cat((first, first.new_zeros(count, estimator.count)), 1)
     s_start, s_end = ruler.clock(path, start), ruler.clock(path, end)
     with torch.set_grad_enabled(graph):
@@ -173,7 +173,7 @@ def log_prob(
             steps = plan(solver, flow, (start, end), grid, budget, ruler)
             clock = [ruler.clock(path, t) for t in steps.times]
             intervals = list(zip(clock, clock[1:], steps.evaluations, strict=False))
-            _, solution = march(solver.step, State(joint), intervals, answer, progress=progress)
+            _, solution = march(solver.step, State(joint), intervals, answer, start=s_start, progress=progress)
         latent = solution.x[:, :size].reshape(x.shape) * ruler.scale(path.at(end))
         logdets = solution.x[:, size:]
         base = normal_log_prob(latent, path.prior_std) if prior is None else prior(latent)
@@ -190,5 +190,5 @@ def log_prob(
 
 def normal_log_prob(x: Tensor, std: float) -> Tensor:
     """log N(x; 0, std² I), summed over all but the first dimension."""
-    x = x.flatten(1)
+    x = rows(x)
     return -0.5 * (x / std).square().sum(1) - x.shape[1] * (math.log(std) + 0.5 * math.log(2.0 * math.pi))

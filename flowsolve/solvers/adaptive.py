@@ -25,6 +25,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from flowsolve._batch import rows
 from flowsolve.solvers.base import Query
 from flowsolve.solvers.controllers import PI
 from flowsolve.solvers.runge_kutta import RungeKutta, advance, stages
@@ -46,7 +47,7 @@ class Status(IntEnum):
 
 def rms(x: Tensor) -> Tensor:
     """The root mean square of each sample: (B, *S) to (B,)."""
-    return x.flatten(1).square().mean(1).sqrt() if x.ndim > 1 else x.abs()
+    return rows(x).square().mean(1).sqrt()
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ class Adaptive(RungeKutta):
     def begin(self, y: Tensor, s: float, s_end: float) -> Generator[Query, Tensor, AdaptiveState]:
         """Ask for the first slope, choose the first step of each sample, and return the state at s (s ≠ s_end)."""
         count = y.shape[0]
-        slope = yield Query(y, s)
+        slope = yield Query(y, torch.full((count,), s, dtype=torch.float64))
         span, nfe = s_end - s, 1
         sign = 1.0 if span >= 0 else -1.0
         if self.first_step is not None:
@@ -194,7 +195,7 @@ class Adaptive(RungeKutta):
         proposal = proposal.clamp(-self.max_step, self.max_step)
 
         smallest = 16.0 * torch.finfo(torch.float64).eps * torch.maximum(s.abs(), torch.tensor(abs(s_end)))
-        stuck = ~accepted & (proposal.abs() <= smallest)
+        stuck = proposal.abs() <= smallest  # an accepted step that small does not advance time either
         made = state.accepted + state.rejected + 1
         status = torch.where(made >= self.max_steps, int(Status.MAX_STEPS), state.status)
         status = torch.where(stuck, torch.where(finite, int(Status.UNDERFLOW), int(Status.NONFINITE)), status)

@@ -74,8 +74,8 @@ class Solver:
     evaluations: ClassVar[int] = 1
     """Network evaluations of a full step."""
 
-    def on(self, flow: Flow, chart: Chart | None) -> Stepper:
-        """The step function (state, t, t_next, evaluations) of this solver for a flow."""
+    def on(self, path: Path, chart: Chart | None) -> Stepper:
+        """The step function (state, t, t_next, evaluations) of this solver on a path."""
         raise NotImplementedError
 
     def schedule(self, nfe: int) -> list[int]:
@@ -96,8 +96,8 @@ class Solver:
 class EstimateSolver(Solver):
     """A solver whose step receives an `Estimate`: one evaluation at the start of each interval."""
 
-    def on(self, flow: Flow, chart: Chart | None) -> Stepper:
-        """The step function of this solver for a flow; it takes no chart."""
+    def on(self, path: Path, chart: Chart | None) -> Stepper:
+        """The step function of this solver on a path; it takes no chart."""
         if chart is not None:
             raise TypeError(
                 f"{type(self).__name__} combines ẑ and ε̂ itself and has no chart; drop chart={chart.name!r}, or "
@@ -105,7 +105,7 @@ class EstimateSolver(Solver):
             )
 
         def step(state: State, t: float, t_next: float, evaluations: int) -> Step:
-            return self.step(flow.path, state, t, t_next)
+            return self.step(path, state, t, t_next)
 
         return step
 

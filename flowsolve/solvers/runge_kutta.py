@@ -2,7 +2,8 @@ r"""Runge–Kutta on a fixed grid, in any chart and on any ODE.
 
 A full step costs the tableau's evaluations. A budget of N evaluations is spent to the last one: what does not fill
 whole steps goes into first steps of lower order (Euler for 1, Heun for 2, Kutta's third-order method for 3, RK4 for
-4), placed at the noise, where in the straight chart the field is smoothest.
+4), placed at the noise, where in the straight chart the field is smoothest. A step's share of the grid is its share of
+the evaluations, so a step of low order is a short one.
 
 On a flow the default chart is the straight one: there Euler is DDIM, and the field is finite at both ends.
 """
@@ -19,6 +20,7 @@ from torch import Tensor
 from flowsolve._batch import per_sample
 from flowsolve.charts import CHARTS, Chart
 from flowsolve.flow import Flow
+from flowsolve.paths import Path
 from flowsolve.solvers.base import Query, Solver, State, Step, Stepper, in_chart, inverse, scaled
 from flowsolve.solvers.tableaus import CLASSIC4, EULER, HEUN, KUTTA3, MIDPOINT, Tableau
 
@@ -87,15 +89,15 @@ class RungeKutta(Solver):
         if not last or (self.evaluations > 1 and t <= flow.path.window[1]):
             flow.require(t)
 
-    def on(self, flow: Flow, chart: Chart | None) -> Stepper:
-        """The step function of this solver for a flow, in a chart (by default the straight one)."""
-        chart, path = chart or CHARTS["straight"], flow.path
+    def on(self, path: Path, chart: Chart | None) -> Stepper:
+        """The step function of this solver on a path, in a chart (by default the straight one)."""
+        ruler = chart or CHARTS["straight"]
 
         def step(state: State, t: float, t_next: float, evaluations: int) -> Step:
-            y = scaled(inverse(chart.scale(path.at(t))), state.x)
-            inner = self.stride(y, chart.clock(path, t), chart.clock(path, t_next), evaluations)
-            y = yield from in_chart(inner, chart, path)
-            return state.advance(scaled(chart.scale(path.at(t_next)), y))
+            y = scaled(inverse(ruler.scale(path.at(t))), state.x)
+            inner = self.stride(y, ruler.clock(path, t), ruler.clock(path, t_next), evaluations)
+            y = yield from in_chart(inner, ruler, path)
+            return state.advance(scaled(ruler.scale(path.at(t_next)), y))
 
         return step
 

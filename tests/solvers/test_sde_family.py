@@ -65,7 +65,7 @@ class Given:
 
 def stepper(solver: EstimateSolver, flow: fs.Flow) -> Callable[[Array, float, float], tuple[Array, float]]:
     """x ↦ (a(x), τ) of one step: the solver's own, with the last probe repeated at ξ = 1."""
-    advance = solver.on(flow, None)
+    advance = solver.on(flow.path, None)
 
     def step(x: Array, t: float, t_next: float) -> tuple[Array, float]:
         probes = torch.from_numpy(np.append(x, x[-1]))[:, None]
@@ -230,9 +230,9 @@ SOLVERS: list[EstimateSolver] = [
 ]
 
 
-def interval(path: Path) -> tuple[list[float], float, float]:
+def interval(path: Path, steps: int = STEPS) -> tuple[list[float], float, float]:
     """From λ = −1.5 to 1.5; Euler–Maruyama is singular at the noise of CondOT, and σ has no slope at the data of VP."""
-    times = lambda_grid(path, -1.5, 1.5, STEPS)
+    times = lambda_grid(path, -1.5, 1.5, steps)
     return times, times[0], times[-1]
 
 
@@ -273,7 +273,8 @@ def kept_cases() -> list[Any]:
 
 @pytest.mark.parametrize(("path", "solver"), kept_cases())
 def test_mean_and_covariance_are_kept(path: Path, solver: EstimateSolver) -> None:
-    times, t0, t1 = interval(path)
+    slow = isinstance(path, VE) and isinstance(solver, EulerMaruyama) and solver.eta < 0.5  # σ falls by Euler alone
+    times, t0, t1 = interval(path, 512 if slow else STEPS)
     expected, error = truth(path, t1)
 
     along, across = mixture_moments(solver, path, times), linear_moments(solver, gaussian(), path, times)
