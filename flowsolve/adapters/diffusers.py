@@ -74,7 +74,7 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 
-class _Sample(nn.Module):
+class UNet(nn.Module):
     """A diffusers network whose forward returns the tensor itself."""
 
     def __init__(self, unet: nn.Module) -> None:
@@ -132,7 +132,7 @@ def as_flow(unet: nn.Module, scheduler: Any) -> Flow:
             raise ValueError(_unsupported(f"scheduler {name}", (*TABLE_SCHEDULERS, *FLOW_SCHEDULERS)))
         scheduler = getattr(library, name).from_config(dict(scheduler))  # completes what an older version left out
     name, config = type(scheduler).__name__, scheduler.config
-    net = _Sample(unet).eval()
+    net = UNet(unet).eval()
     if name in FLOW_SCHEDULERS:
         if config.get("invert_sigmas"):
             raise ValueError(f"{name} with invert_sigmas = True is not supported; expected False")

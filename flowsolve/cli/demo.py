@@ -13,7 +13,7 @@ typer: Any = require("typer", "cli", "the command line")
 def demo(
     out: Annotated[Path, typer.Option(help="Directory for report.html, the pictures and demo.json.")] = Path("demo"),
     images: Annotated[int, typer.Option(min=2, max=300, help="Held-out images to read bits/dim of.")] = 100,
-    samples: Annotated[int, typer.Option(min=1, help="Samples behind each point of the NFE–error curves.")] = 64,
+    samples: Annotated[int, typer.Option(min=1, help="Samples behind each point of the NFE–error curves.")] = 32,
     seed: Annotated[int, typer.Option(help="Seed of all noise.")] = 0,
 ) -> None:
     """Sample two bundled checkpoints, draw their NFE–error curves and read their likelihood."""

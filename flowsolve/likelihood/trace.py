@@ -13,11 +13,13 @@ The probes of a sample are fixed for a whole solve, so that the integrand stays 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from flowsolve._batch import rows
 from flowsolve.noise import PROBE, Noise
 
 __all__ = ["Exact", "Hutchinson", "Trace", "resolve"]
@@ -33,27 +35,18 @@ class Trace:
         raise NotImplementedError
 
 
-@dataclass(frozen=True)
 class Exact(Trace):
-    """The sum of the diagonal, by D products in chunks.
+    """The sum of the diagonal, by one product for each of the D numbers of a sample."""
 
-    Attributes:
-        chunk: products computed at once; more is faster and takes more memory.
-    """
-
-    chunk: int = 16
     count = 1
 
     def __call__(self, output: Tensor, x: Tensor, index: Tensor | None, graph: bool) -> Tensor:
         """The trace, (B, 1)."""
-        size = x[0].numel()
         total = x.new_zeros(x.shape[0])
-        for first in range(0, size, self.chunk):
-            rows = torch.arange(first, min(first + self.chunk, size), device=x.device)
-            basis = torch.nn.functional.one_hot(rows, size).to(x.dtype)
-            vectors = basis.unsqueeze(1).expand(-1, x.shape[0], -1).reshape(len(rows), *x.shape)
-            products = _products(output, x, vectors, graph).flatten(2)
-            total = total + (products * basis.unsqueeze(1)).sum((0, 2))
+        for i in range(math.prod(x.shape[1:])):
+            vector = torch.zeros_like(x)
+            rows(vector)[:, i] = 1.0
+            total = total + rows(_product(output, x, vector, graph))[:, i]
         return total.unsqueeze(1)
 
 
@@ -75,27 +68,18 @@ class Hutchinson(Trace):
     def __call__(self, output: Tensor, x: Tensor, index: Tensor | None, graph: bool) -> Tensor:
         """One estimate a probe, (B, count)."""
         probes = self.probes if index is None else self.probes.index_select(1, index.to(self.probes.device))
-        return (_products(output, x, probes, graph) * probes).flatten(2).sum(2).T
+        return torch.stack([rows(v * _product(output, x, v, graph)).sum(1) for v in probes], 1)
 
 
-def _products(output: Tensor, x: Tensor, vectors: Tensor, graph: bool) -> Tensor:
-    """vᵀ ∂o/∂x for each v of shape (m, B, *S)."""
+def _product(output: Tensor, x: Tensor, vector: Tensor, graph: bool) -> Tensor:
+    """vᵀ ∂o/∂x, one backward pass. (Products batched by vmap fail on ordinary convolutional networks.)"""
     if not output.requires_grad:
         raise ValueError(
             "the network's output does not depend on x for autograd, so its divergence cannot be read; remove "
             "no_grad, inference_mode, detach or NumPy from the network's forward pass"
         )
-    many = vectors.shape[0] > 1
-    (product,) = torch.autograd.grad(
-        output,
-        x,
-        vectors if many else vectors[0],
-        retain_graph=True,
-        create_graph=graph,
-        materialize_grads=True,
-        is_grads_batched=many,
-    )
-    return product if many else product.unsqueeze(0)
+    (product,) = torch.autograd.grad(output, x, vector, retain_graph=True, create_graph=graph, materialize_grads=True)
+    return product
 
 
 def resolve(trace: str, probes: int, x: Tensor, noise: Noise) -> Trace:

@@ -1,6 +1,5 @@
 """The trace estimators against the Jacobian written out."""
 
-import pytest
 import torch
 
 from flowsolve.likelihood.trace import Exact, Hutchinson, resolve
@@ -16,16 +15,29 @@ X = torch.randn(5, 7, generator=torch.Generator().manual_seed(1), dtype=torch.fl
 JACOBIANS = torch.stack([torch.func.jacrev(field)(row) for row in X])
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 7, 64])
-def test_exact_is_the_sum_of_the_diagonal_for_any_chunk(chunk):
+def test_exact_is_the_sum_of_the_diagonal():
     x = X.clone().requires_grad_()
-    traces = Exact(chunk)(field(x), x, None, graph=False)
+    traces = Exact()(field(x), x, None, graph=False)
     assert torch.allclose(traces[:, 0], JACOBIANS.diagonal(dim1=1, dim2=2).sum(1), rtol=1e-12)
 
 
+def test_a_convolutional_network_has_the_trace_of_its_jacobian():
+    torch.manual_seed(0)
+    norm = torch.nn.GroupNorm(2, 4)
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 3, padding=1), norm, torch.nn.SiLU(), torch.nn.Conv2d(4, 1, 3, padding=1)
+    )
+    images = torch.randn(3, 1, 4, 4).to(memory_format=torch.channels_last)
+    x = images.clone().requires_grad_()
+    traces = Exact()(net(x), x, None, graph=False)[:, 0]
+    for i in range(3):
+        jacobian = torch.autograd.functional.jacobian(lambda z: net(z[None])[0], images[i]).reshape(16, 16)
+        assert torch.allclose(traces[i], jacobian.trace(), rtol=1e-4, atol=1e-5)
+
+
 def test_hutchinson_has_its_textbook_mean_and_variance():
-    """Rademacher: mean tr J, variance 2(‖A‖² − Σ A_ii²) with A the symmetric part; 20,000 probes, 5 standard errors."""
-    count = 20_000
+    """Rademacher: mean tr J, variance 2(‖A‖² − Σ A_ii²) with A the symmetric part; 4,000 probes, 5 standard errors."""
+    count = 4_000
     noise = Noise.of(0, 1)
     signs = noise.rademacher(2, 0, X.new_empty(1, count * 7)).reshape(count, 1, 7)
     x = X[:1].clone().requires_grad_()
@@ -33,7 +45,7 @@ def test_hutchinson_has_its_textbook_mean_and_variance():
     symmetric = 0.5 * (JACOBIANS[0] + JACOBIANS[0].T)
     variance = 2.0 * (symmetric.square().sum() - symmetric.diagonal().square().sum())
     assert abs(draws.mean() - JACOBIANS[0].trace()) < 5 * (variance / count).sqrt()
-    assert abs(draws.var() / variance - 1.0) < 0.05
+    assert abs(draws.var() / variance - 1.0) < 0.1
 
 
 def test_probes_follow_their_samples():
