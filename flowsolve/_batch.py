@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["linear", "per_sample", "rows", "saturating_log", "select", "state_dtype"]
+__all__ = ["choose", "linear", "per_sample", "rows", "saturating_log", "select", "state_dtype"]
 
 TINY = 2.2250738585072014e-308  # the smallest normal float64; log-SNRs saturate at ±log(TINY) = ±708.4
 
@@ -40,6 +40,13 @@ def linear(a: Any, x: Tensor, b: Any, y: Tensor) -> Tensor:
     if b == 0.0:
         return x if a == 1.0 else a * x
     return torch.add(x if a == 1.0 else a * x, y, alpha=b)
+
+
+def choose(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """new of shape (B, *S) for the samples in a host mask of shape (B,), old for the others; free where all agree."""
+    if bool(mask.all()):
+        return new
+    return torch.where(mask.to(new.device).reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
 
 def rows(x: Tensor) -> Tensor:

@@ -36,12 +36,19 @@ WINDOW = (-math.log(80.0), -math.log(0.002))
 class Grid:
     """Times t_0, …, t_n and the network evaluations that each of the n steps costs.
 
+    Attributes:
+        times: flow times, strictly monotone.
+        evaluations: estimates that each step asks for.
+        closing: whether the last step leaves the window of times that the network knows, and is to be taken with the
+            estimate at its edge, x' = α' ẑ + σ' ε̂, whatever the solver.
+
     Raises:
         ValueError: fewer than two times, a time outside [0, 1] or not finite, or times that are not strictly monotone.
     """
 
     times: tuple[float, ...]
     evaluations: tuple[int, ...]
+    closing: bool = False
 
     def __post_init__(self) -> None:
         times = self.times

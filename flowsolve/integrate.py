@@ -1,10 +1,7 @@
 r"""`sample`, `encode` and `solve`: a flow or an ODE, a solver, and the direct driver between them.
 
-An argument is checked before the first evaluation: the grid is laid out (`plan`), and every node where the network
-will be asked must have an estimate. Then the driver of `flowsolve.drivers` takes over.
-
-Where a path ends beyond the times its network knows (`Path.window`: a discrete table's clean end), a grid with nodes or
-stages there goes to the window's edge instead, and one Euler step with the estimate at the edge closes the gap.
+Arguments are checked before the first evaluation: the grid is laid out (`flowsolve.planning`), and every node where
+the network will be asked must have an estimate. Then a driver of `flowsolve.drivers` takes over.
 """
 
 from __future__ import annotations
@@ -12,25 +9,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flowsolve import charts, grids
-from flowsolve._batch import per_sample, select, state_dtype
+from flowsolve._batch import choose, per_sample, rows, select, state_dtype
 from flowsolve.charts import Chart
 from flowsolve.drivers import Ask, march, pursue
 from flowsolve.flow import Flow
-from flowsolve.grids import Grid
 from flowsolve.noise import START, Noise
+from flowsolve.paths import Path
+from flowsolve.planning import estimates, plan, share, whole
 from flowsolve.solution import Solution
-from flowsolve.solvers.adaptive import Adaptive
+from flowsolve.solvers.adaptive import Adaptive, Status
 from flowsolve.solvers.base import Query, Solver, State, in_chart, inverse, scaled
 from flowsolve.solvers.runge_kutta import RungeKutta
 
-__all__ = ["encode", "integrate", "plan", "sample", "solve"]
+__all__ = ["encode", "integrate", "sample", "solve"]
 
 
 def sample(
@@ -169,76 +167,24 @@ def integrate(
     def answer(query: Query, index: Tensor | None) -> Any:
         return flow.estimate(query.x, query.t, **select(cond or {}, x.shape[0], index))
 
+    path, (start, end) = flow.path, interval
     with _gradients(x, grad):
         if isinstance(solver, Adaptive) and solver.adaptive:
+            closing = start <= path.window[1] < end
+            last = path.window[1] if closing else end
             ruler = ruler or charts.CHARTS["straight"]
-            solution = _adaptive(flow, x, interval, solver, ruler, budget, answer, progress)
+            left = None if budget is None else budget - closing
+            solution = _adaptive(flow, x, start, last, solver, ruler, left, answer, progress)
         else:
             steps = plan(solver, flow, interval, grid, budget, ruler)
-            state = State(x, noise=noise)
-            solution = march(
-                solver.on(flow.path, ruler), state, steps.intervals, answer, start=interval[0], progress=progress
-            )[1]
+            closing, last = steps.closing, steps.times[-2]
+            intervals = steps.intervals[:-1] if closing else steps.intervals
+            step, state = solver.on(path, ruler), State(x, noise=noise)
+            _, solution = march(step, state, intervals, answer, start=start, progress=progress)
+        if closing:
+            solution = _close(solution, path, last, end, answer)
     solution = replace(solution, nfe=solution.nfe * flow.nfe_per_call)
     return solution.raise_on_failure() if throw else solution
-
-
-def plan(
-    solver: Solver,
-    flow: Flow,
-    interval: tuple[float, float],
-    grid: Any = "uniform",
-    nfe: int | None = None,
-    chart: Chart | None = None,
-) -> Grid:
-    """The grid on which a fixed-grid solver will spend exactly nfe estimates, validated before anything is computed.
-
-    Raises:
-        ValueError: neither nfe nor explicit times, a budget that contradicts them, times that are not a grid or not on
-            the interval, a solver that draws noise on the way to the noise, or a node where the estimate or the chart
-            does not exist.
-    """
-    start, end = interval
-    if end < start and solver.random:
-        raise ValueError(f"{solver!r} draws noise and has no way back from data to noise; use eta=0 or an ODE solver")
-    edge = flow.path.window[1]
-    spacing = grids.resolve(grid)
-    if isinstance(spacing, list):
-        if spacing[:1] + spacing[-1:] != [start, end]:
-            raise ValueError(
-                f"the times given run from {spacing[0]!r} to {spacing[-1]!r}, the interval from {start!r} to {end!r}; "
-                "give interval= the same ends"
-                if spacing
-                else "grid= is empty; expected at least 2 times"
-            )
-        counts = [solver.evaluations] * (len(spacing) - 1)
-        if solver.evaluations > 1 and spacing[-1] > edge:
-            counts[-1] = 1
-        steps = Grid(tuple(spacing), tuple(counts))
-        if nfe is not None and nfe != steps.nfe:
-            raise ValueError(
-                f"nfe = {nfe} but {solver!r} spends {steps.nfe} estimates on the {steps.steps} steps given; drop one"
-            )
-    else:
-        if nfe is None:
-            raise ValueError(f"{type(solver).__name__} steps on a fixed grid: give nfe=… or explicit times as grid=…")
-        counts = solver.schedule(nfe)
-        times = _share(spacing.times(flow.path, start, end, nfe), counts)
-        if start < edge < end and (solver.evaluations > 1 or times[-2] > edge):
-            if nfe < 2:
-                raise ValueError(f"nfe = {nfe}; expected at least 2 with {type(solver).__name__} on {flow.path!r}")
-            counts = solver.schedule(nfe - 1)
-            times, counts = [*_share(spacing.times(flow.path, start, edge, nfe - 1), counts), end], [*counts, 1]
-        steps = Grid(tuple(times), tuple(counts))
-    for i, t in enumerate(steps.times):
-        last = i == steps.steps
-        if t > edge and not last:
-            raise ValueError(
-                f"the grid asks the network at t = {t:g}, beyond its window [0, {edge:g}] on {flow.path!r}; only the "
-                "last time may lie there"
-            )
-        solver.require(flow, chart, t, last=last)
-    return steps
 
 
 def solve(
@@ -287,7 +233,7 @@ def solve(
     if not isinstance(solver, RungeKutta):
         raise TypeError(f"{solver!r} works on flows only; a plain ODE needs a Runge–Kutta solver such as Dopri5()")
     t0, t1 = float(t0), float(t1)
-    nfe = _whole(nfe)
+    nfe = whole(nfe)
     stops = _stops(t0, t1, t_eval)
     single = y0.ndim == 0 or not batched
     y = _state(y0.unsqueeze(0) if single else y0)
@@ -310,7 +256,7 @@ def solve(
         if nfe is None:
             raise ValueError(f"{type(solver).__name__} steps on a fixed grid: give nfe=…")
         counts = solver.schedule(nfe)
-        times = _share(grids.fractions(t0, t1, nfe), counts)
+        times = share(grids.fractions(t0, t1, nfe), counts)
         intervals = list(zip(times, times[1:], counts, strict=False)) if t0 != t1 else []
         keep = _nodes(times, stops)
         kept, solution = march(solver.step, State(y), intervals, answer, start=t0, keep=keep, progress=progress)
@@ -325,46 +271,46 @@ def solve(
 def _adaptive(
     flow: Flow,
     x: Tensor,
-    interval: tuple[float, float],
+    start: float,
+    end: float,
     solver: Adaptive,
     chart: Chart,
     budget: int | None,
     ask: Ask,
     progress: bool,
 ) -> Solution:
-    """An adaptive solve of a flow in a chart, and the closing step beyond the network's window."""
-    path, (start, end) = flow.path, interval
-    edge = path.window[1]
-    closing = start <= edge < end
-    last = edge if closing else end
-    for node in (start, last):
-        chart.require(path, node)
-        flow.require(node, "the interval")
-    s_last = chart.clock(path, last)
+    """An adaptive solve of a flow in a chart."""
+    path = flow.path
+    for t in (start, end):
+        chart.require(path, t)
+        flow.require(t, "the interval")
+    s_end = chart.clock(path, end)
     _, solution = pursue(
         solver,
         scaled(inverse(chart.scale(path.at(start))), x),
         chart.clock(path, start),
-        [s_last],
+        [s_end],
         ask,
         translate=lambda inner: in_chart(inner, chart, path),
-        budget=None if budget is None else budget - closing,
+        budget=budget,
         progress=progress,
     )
-    arrived = solution.t == s_last
-    t = torch.where(arrived, last, torch.as_tensor(chart.time(path, solution.t)))
-    y = scaled(chart.scale(path.at(t)), solution.x)
-    if not closing:
-        return replace(solution, x=y, t=t)
+    reached = torch.where(solution.t == s_end, end, torch.as_tensor(chart.time(path, solution.t)))
+    return replace(solution, x=scaled(chart.scale(path.at(reached)), solution.x), t=reached)
+
+
+def _close(solution: Solution, path: Path, edge: float, end: float, ask: Ask) -> Solution:
+    """Take the samples that arrived at the window's edge to the end, with the estimate at the edge."""
     there = path.at(end)
-    closed = ask(Query(y, edge), None).combine(there.alpha, there.sigma)
-    y = torch.where(solution.ok.to(y.device).reshape(-1, *[1] * (y.ndim - 1)), closed, y)
-    return replace(solution, x=y, t=torch.where(solution.ok, end, t), nfe=solution.nfe + 1)
-
-
-def _share(times: Sequence[float], counts: Sequence[int]) -> list[float]:
-    """The ends of steps that cost `counts`, on a grid with a step for each evaluation: dear steps are long."""
-    return [times[i] for i in accumulate(counts, initial=0)]
+    closed = ask(Query(solution.x, edge), None).combine(there.alpha, there.sigma)
+    finite = torch.isfinite(rows(closed.detach()).sum(1)).cpu()
+    return replace(
+        solution,
+        x=choose(solution.ok, closed, solution.x),
+        t=torch.where(solution.ok, end, solution.t),
+        status=torch.where(solution.ok & ~finite, int(Status.NONFINITE), solution.status),
+        nfe=solution.nfe + 1,
+    )
 
 
 def _check_solver(solver: Any) -> None:
@@ -386,22 +332,6 @@ def _state(x: Tensor) -> Tensor:
     if x.ndim == 0:
         raise ValueError("the state is 0-dimensional; expected a batch of shape (B, *S)")
     return x.to(state_dtype(x))
-
-
-def _whole(nfe: int | None) -> int | None:
-    if nfe is not None and (isinstance(nfe, bool) or not isinstance(nfe, int) or nfe < 1):
-        raise ValueError(f"nfe = {nfe!r}; expected an integer >= 1")
-    return nfe
-
-
-def estimates(nfe: int | None, flow: Flow) -> int | None:
-    """The estimates that a budget of network evaluations buys."""
-    if _whole(nfe) is None:
-        return None
-    assert nfe is not None
-    if nfe % flow.nfe_per_call:
-        raise ValueError(f"nfe = {nfe} is not a multiple of the {flow.nfe_per_call} evaluations an estimate costs here")
-    return nfe // flow.nfe_per_call
 
 
 def _stops(t0: float, t1: float, t_eval: Sequence[float] | Tensor | None) -> list[float]:

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from flowsolve import Flow, solvers
 from flowsolve.grids import WINDOW, Grid, Karras, LogSNR, Spacing, Uniform, resolve
-from flowsolve.integrate import plan
 from flowsolve.paths import EDM, VE, VP, CondOT, Cosine, Discrete, Path, SubVP, Trig
+from flowsolve.planning import plan
 
 ZERO_TERMINAL = [0.9998, 0.97, 0.9, 0.74, 0.5, 0.31, 0.12, 0.0]
 PATHS: dict[str, Path] = {

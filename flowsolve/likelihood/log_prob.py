@@ -33,9 +33,9 @@ from flowsolve._batch import per_sample, rows, select, state_dtype
 from flowsolve.charts import Chart
 from flowsolve.drivers import march, pursue
 from flowsolve.flow import Flow
-from flowsolve.integrate import estimates, plan
 from flowsolve.likelihood import trace as traces
 from flowsolve.noise import Noise
+from flowsolve.planning import estimates, plan
 from flowsolve.solution import Solution
 from flowsolve.solvers.adaptive import Adaptive
 from flowsolve.solvers.base import Query, Solver, State

@@ -25,7 +25,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from flowsolve._batch import rows
+from flowsolve._batch import choose, rows
 from flowsolve.solvers.base import Query
 from flowsolve.solvers.controllers import PI
 from flowsolve.solvers.runge_kutta import RungeKutta, advance, stages
@@ -203,8 +203,8 @@ class Adaptive(RungeKutta):
 
         return replace(
             state,
-            y=_merge(accepted, ahead, y),
-            slope=_merge(accepted, slopes[-1], state.slope),
+            y=choose(accepted, ahead, y),
+            slope=choose(accepted, slopes[-1], state.slope),
             s=torch.where(accepted, s_next, s),
             h=proposal,
             error=torch.where(accepted, error.clamp_min(1e-4), state.error),
@@ -227,14 +227,6 @@ class Adaptive(RungeKutta):
 
 def _host(v: Tensor) -> Tensor:
     return v.detach().to("cpu").to(torch.float64)
-
-
-def _merge(accepted: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """new where a sample is accepted, old elsewhere; nothing is computed where all agree."""
-    if bool(accepted.all()):
-        return new
-    mask = accepted.to(new.device).reshape(-1, *[1] * (new.ndim - 1))
-    return torch.where(mask, new, old)
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import flowsolve as fs
 from flowsolve.charts import CHARTS
-from flowsolve.integrate import plan
 from flowsolve.paths import VE, VP, CondOT, Cosine, Discrete, Path
+from flowsolve.planning import plan
 from flowsolve.problems import GaussianMixture
 from flowsolve.solvers import DDIM, DDPM, RK4, Dopri5, Euler, EulerMaruyama, ExactSDE, Heun, Midpoint, Solver
 
