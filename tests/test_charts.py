@@ -14,24 +14,11 @@ from torch import Tensor
 
 from flowsolve import Flow
 from flowsolve.charts import CHARTS, Chart, resolve
-from flowsolve.paths import EDM, VE, VP, CondOT, Cosine, Discrete, Path, SubVP, Trig
+from flowsolve.paths import Discrete, Path
 from flowsolve.solvers import Euler
 from flowsolve.solvers.base import Query, State, run
+from tests.cases import PATHS
 
-ZERO_TERMINAL = [0.9998, 0.97, 0.9, 0.74, 0.5, 0.31, 0.12, 0.0]
-PATHS: dict[str, Path] = {
-    "CondOT": CondOT(),
-    "CondOT-sigma_min": CondOT(sigma_min=1e-3),
-    "VP": VP(),
-    "SubVP": SubVP(),
-    "VE": VE(),
-    "Cosine": Cosine(),
-    "Trig": Trig(),
-    "EDM": EDM(),
-    "Discrete": Discrete.linear(),
-    "Discrete-zero-terminal": Discrete(ZERO_TERMINAL),
-    "Discrete-not-clean": Discrete.linear(40, clean=False),
-}
 STRAIGHT_LINES = {"CondOT", "CondOT-sigma_min"}  # α and σ are linear in t, so native Euler is exact too
 every_path = pytest.mark.parametrize("name", PATHS)
 every_chart = pytest.mark.parametrize("chart", CHARTS.values(), ids=CHARTS)

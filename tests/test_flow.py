@@ -12,20 +12,10 @@ from torch import Tensor, nn
 
 from flowsolve import Flow
 from flowsolve._batch import linear, per_sample, select
-from flowsolve.paths import EDM, VE, VP, CondOT, Cosine, Discrete, Path, SubVP, Trig
+from flowsolve.paths import EDM, VP, CondOT, Cosine, Discrete, Path, Trig
 from flowsolve.predictions import Estimate, Prediction, Row, SingularEstimate
+from tests.cases import PATHS
 
-PATHS: dict[str, Path] = {
-    "CondOT": CondOT(),
-    "CondOT-sigma_min": CondOT(sigma_min=1e-3),
-    "VP": VP(),
-    "SubVP": SubVP(),
-    "VE": VE(),
-    "Cosine": Cosine(),
-    "Trig": Trig(),
-    "EDM": EDM(),
-    "Discrete": Discrete.linear(),
-}
 every_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 SHAPES = [(3,), (3, 3), (3, 5), (3, 1, 4, 4), (3, 2, 2, 3, 2)]
 

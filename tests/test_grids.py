@@ -14,23 +14,10 @@ from hypothesis import strategies as st
 
 from flowsolve import Flow, solvers
 from flowsolve.grids import WINDOW, Grid, Karras, LogSNR, Spacing, Uniform, resolve
-from flowsolve.paths import EDM, VE, VP, CondOT, Cosine, Discrete, Path, SubVP, Trig
+from flowsolve.paths import EDM, VE, VP, CondOT, Discrete, Path, SubVP
 from flowsolve.planning import plan
+from tests.cases import PATHS
 
-ZERO_TERMINAL = [0.9998, 0.97, 0.9, 0.74, 0.5, 0.31, 0.12, 0.0]
-PATHS: dict[str, Path] = {
-    "CondOT": CondOT(),
-    "CondOT-sigma_min": CondOT(sigma_min=1e-3),
-    "VP": VP(),
-    "SubVP": SubVP(),
-    "VE": VE(),
-    "Cosine": Cosine(),
-    "Trig": Trig(),
-    "EDM": EDM(),
-    "Discrete": Discrete.linear(),
-    "Discrete-zero-terminal": Discrete(ZERO_TERMINAL),
-    "Discrete-not-clean": Discrete.linear(40, clean=False),
-}
 SPACINGS: dict[str, Spacing] = {
     "uniform": Uniform(), "log_snr": LogSNR(), "karras": Karras(), "karras-3": Karras(rho=3.0),
 }  # fmt: skip

@@ -12,23 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flowsolve.paths import EDM, VE, VP, CondOT, Cosine, Discrete, Path, Point, SubVP, Trig
+from flowsolve.paths import EDM, VE, VP, CondOT, Path, Point, SubVP, Trig
 from flowsolve.predictions import PREDICTIONS, Estimate, Prediction, Row, SingularEstimate, resolve
+from tests.cases import PATHS
 
-ZERO_TERMINAL = [0.9998, 0.97, 0.9, 0.74, 0.5, 0.31, 0.12, 0.0]
-PATHS: dict[str, Path] = {
-    "CondOT": CondOT(),
-    "CondOT-sigma_min": CondOT(sigma_min=1e-3),
-    "VP": VP(),
-    "SubVP": SubVP(),
-    "VE": VE(),
-    "Cosine": Cosine(),
-    "Trig": Trig(),
-    "EDM": EDM(),
-    "Discrete": Discrete.linear(),
-    "Discrete-zero-terminal": Discrete(ZERO_TERMINAL),
-    "Discrete-not-clean": Discrete.linear(100, clean=False),
-}
 NAMES = ("data", "noise", "score", "velocity", "v")
 every_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 
