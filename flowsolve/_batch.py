@@ -60,10 +60,15 @@ def state_dtype(x: Tensor) -> torch.dtype:
 
 
 def select(cond: Mapping[str, Any], count: int, index: Tensor | None) -> dict[str, Any]:
-    """The conditioning of some samples: tensors with one row a sample are cut, the rest is shared."""
+    """The conditioning of some samples: tensors with one row a sample are cut, also within containers."""
     if index is None:
         return dict(cond)
-    return {
-        k: v.index_select(0, index.to(v.device)) if isinstance(v, Tensor) and v.ndim and v.shape[0] == count else v
-        for k, v in cond.items()
-    }
+
+    def cut(v: Any) -> Any:
+        if isinstance(v, Tensor):
+            return v.index_select(0, index.to(v.device)) if v.ndim and v.shape[0] == count else v
+        if isinstance(v, Mapping):
+            return {k: cut(item) for k, item in v.items()}
+        return type(v)(cut(item) for item in v) if type(v) in (list, tuple) else v
+
+    return {k: cut(v) for k, v in cond.items()}

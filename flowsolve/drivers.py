@@ -53,11 +53,11 @@ def march(
         return ask(query, None)
 
     kept = [state.x] if 0 in keep else []
-    sums: list[Tensor] = []  # a sum of finite numbers is finite: one small reduction a step, read at the end
+    largest: list[Tensor] = []  # of each sample, NaN if there is one: a reduction a step, read at the end
     with _bar(progress, len(intervals), "step") as bar:
         for i, interval in enumerate(intervals):
             state = run(step(state, *interval), answer)
-            sums.append(rows(state.x.detach()).sum(1))
+            largest.append(torch.linalg.vector_norm(rows(state.x.detach()), torch.inf, dim=1))
             if i + 1 in keep:
                 kept.append(state.x)
             bar(1)
@@ -65,7 +65,7 @@ def march(
     whole = torch.zeros(count, dtype=torch.int64)
     t, status = torch.full((count,), start, dtype=torch.float64), whole + Status.SUCCESS
     if intervals:
-        bad = ~torch.isfinite(torch.stack(sums)).cpu()
+        bad = ~torch.isfinite(torch.stack(largest)).cpu()
         ends = torch.tensor([end for _, end, _ in intervals], dtype=torch.float64)
         failed = bad.any(0)
         t = torch.where(failed, ends[bad.int().argmax(0)], ends[-1])

@@ -37,7 +37,8 @@ class Flow:
         prediction: what it outputs: "velocity", "noise", "score", "data", "v", or a `Prediction`.
         time: the clock it reads: "flow", "native" (`path.native_time`), or a function from flow time (a float or a
             tensor of shape (B,)) to the network's time.
-        dtype: the floating dtype it is fed; by default that of its first parameter, or of x if it has none.
+        dtype: the floating dtype it is fed; by default that of its first parameter, or of x if it has none. Time is
+            of the same dtype, float32 at least.
         data_range: the interval that the data's full integer range is mapped to, for `bits_per_dim`.
         nfe_per_call: network evaluations that one call costs (2 for guidance that runs the network twice).
 
@@ -45,7 +46,7 @@ class Flow:
         ValueError: unknown prediction, or one that can nowhere be solved for data and noise.
         TypeError: path is not a Path or net is not callable.
 
-    Example:
+    Examples:
         >>> flow = fs.Flow(lambda x, t: -x, fs.paths.CondOT(), prediction="velocity")
         >>> estimate = flow.estimate(torch.ones(2, 3), 0.25)
         >>> float(estimate.data[0, 0]), float(estimate.noise[0, 0])  # x + (1 − t) u and x − t u
@@ -75,9 +76,15 @@ class Flow:
             if time not in clocks:
                 raise ValueError(f"time = {time!r}; expected 'flow', 'native' or a function of flow time")
             self.clock: Callable[[Any], Any] = clocks[time]
-        else:
+        elif callable(time):
             self.clock = time
-        self.dtype = dtype if dtype is not None else _parameter_dtype(net)
+        else:
+            raise TypeError(f"time = {time!r}; expected 'flow', 'native' or a function of flow time")
+        if len(data_range) != 2 or not data_range[0] < data_range[1]:
+            raise ValueError(f"data_range = {data_range!r}; expected (low, high) with low < high")
+        if nfe_per_call < 1:
+            raise ValueError(f"nfe_per_call = {nfe_per_call!r}; expected at least 1")
+        self._dtype = dtype
         self.data_range = data_range
         self.nfe_per_call = nfe_per_call
         if self.prediction.singular(path.at(0.5)):
@@ -88,6 +95,13 @@ class Flow:
 
     def __repr__(self) -> str:
         return f"Flow({type(self.net).__name__}, {self.path!r}, prediction={self.prediction.name!r})"
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The floating dtype the network is fed; None feeds it that of x."""
+        if self._dtype is not None or not isinstance(self.net, nn.Module):
+            return self._dtype
+        return next((p.dtype for p in self.net.parameters() if p.dtype.is_floating_point), None)
 
     def require(self, t: float, what: str = "the grid") -> None:
         """Raise SingularEstimate unless an estimate exists at flow time t."""
@@ -114,13 +128,16 @@ class Flow:
 
     def call(self, x: Tensor, t: float | Tensor, *, clock: Callable[[Any], Any] | None = None, **cond: Any) -> Tensor:
         """The network's output at (x, t), in x's dtype (float32 at least), with t read by the flow's clock."""
+        if not x.is_floating_point():
+            raise TypeError(f"x has dtype {x.dtype}; expected floating-point numbers (scaled, dequantised data)")
         native = (clock or self.clock)(t)
-        dtype = state_dtype(x)
+        fed = x.to(self.dtype or x.dtype)
+        when = torch.promote_types(fed.dtype, torch.float32)
         if isinstance(native, Tensor) and native.ndim:
-            time = native.to(device=x.device, dtype=dtype)
+            time = native.to(device=x.device, dtype=when)
         else:
-            time = torch.full((x.shape[0],), float(native), device=x.device, dtype=dtype)
-        output = self.net(x.to(self.dtype) if self.dtype is not None else x, time, **cond)
+            time = torch.full((x.shape[0],), float(native), device=x.device, dtype=when)
+        output = self.net(fed, time, **cond)
         if not isinstance(output, Tensor):
             raise TypeError(
                 f"the network returned a {type(output).__name__}; expected a tensor. Wrap it, for example "
@@ -134,7 +151,7 @@ class Flow:
                 f"the network returned shape {tuple(output.shape)} for x of shape {tuple(x.shape)}; "
                 f"expected the same shape{hint}"
             )
-        return output.to(dtype)
+        return output.to(state_dtype(x))
 
     def read(self, x: Tensor, output: Tensor, point: Point) -> Estimate:
         """The estimate that an output already at hand stands for."""
@@ -174,19 +191,15 @@ class Flow:
         return check(self, data, seed=seed, slack=slack, **cond)
 
 
-def _parameter_dtype(net: Any) -> torch.dtype | None:
-    if not isinstance(net, nn.Module):
-        return None
-    return next((p.dtype for p in net.parameters() if p.dtype.is_floating_point), None)
-
-
 def _singular_message(flow: Flow, what: str, t: float | Tensor) -> str:
     name, path = flow.prediction.name, flow.path
     if name == "data":
-        why, mend = "at σ = 0 the state is the data and says nothing of the noise", "end before it, for example at"
         edge = path.time(min(path.log_snr(1.0), 7.0))
+        why = "at σ = 0 the state is the data and says nothing of the noise"
+        mend = f"end before it, for example interval=(…, {edge:.6g})"
     else:
-        why, mend = "at α = 0 the state is all noise and says nothing of the data", "start after it, for example at"
         edge = path.time(max(path.log_snr(0.0), -7.0))
-    where = f"t = {t:g}" if isinstance(t, float) else "some t"
-    return f"{what} asks a {name!r} prediction at {where} of {path!r}, but {why}; {mend} t = {edge:.6g}"
+        why = "at α = 0 the state is all noise and says nothing of the data"
+        mend = f"start after it, for example interval=({edge:.6g}, …) with start = {path.sigma(edge):.6g} * noise"
+    where = "some t" if isinstance(t, Tensor) else f"t = {float(t):g}"
+    return f"{what} asks a {name!r} prediction at {where} of {path!r}, but {why}; {mend}"

@@ -158,8 +158,8 @@ def resolve(grid: str | Spacing | Sequence[float] | Tensor) -> Spacing | list[fl
             names = ", ".join(SPACINGS)
             raise ValueError(f"grid = {grid!r} is not known; expected one of {names}, a spacing, or explicit times")
         return SPACINGS[grid]
-    if isinstance(grid, Tensor | Sequence):
-        return [float(t) for t in grid]
-    if not hasattr(grid, "times"):
+    if hasattr(grid, "times"):
+        return grid
+    if not hasattr(grid, "__iter__"):
         raise TypeError(f"grid is a {type(grid).__name__}; expected a name, a spacing or a sequence of times")
-    return grid
+    return [float(t) for t in grid]

@@ -13,16 +13,17 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flowsolve import charts, grids
-from flowsolve._batch import choose, per_sample, rows, select, state_dtype
+from flowsolve._arguments import check_flow, check_grid, check_interval, check_solver, device_of, shape_of, state
+from flowsolve._batch import choose, per_sample, rows, select
 from flowsolve.charts import Chart
 from flowsolve.drivers import Ask, march, pursue
 from flowsolve.flow import Flow
 from flowsolve.noise import START, Noise
 from flowsolve.paths import Path
-from flowsolve.planning import estimates, plan, share, whole
+from flowsolve.planning import estimates, plan, share, whole, within
 from flowsolve.solution import Solution
 from flowsolve.solvers.adaptive import Adaptive, Status
 from flowsolve.solvers.base import Query, Solver, State, in_chart, inverse, scaled
@@ -37,7 +38,7 @@ def sample(
     *,
     solver: Solver,
     nfe: int | None = None,
-    grid: Any = "uniform",
+    grid: Any = None,
     chart: str | Chart | None = None,
     start: Tensor | None = None,
     interval: tuple[float, float] = (0.0, 1.0),
@@ -45,7 +46,7 @@ def sample(
     samples: Sequence[int] | Tensor | None = None,
     cond: Mapping[str, Any] | None = None,
     device: torch.device | str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     progress: bool = False,
     throw: bool = True,
     grad: bool | None = None,
@@ -57,7 +58,7 @@ def sample(
         shape: shape (B, *S) of the noise to start from; or give `start`.
         solver: a solver of `flowsolve.solvers`.
         nfe: evaluations to spend, exactly, on a fixed grid; the most a sample may spend with an adaptive solver.
-        grid: for fixed-grid solvers: "uniform", "log_snr", "karras", a spacing, or explicit flow times.
+        grid: for fixed-grid solvers: "uniform" (the default), "log_snr", "karras", a spacing, or explicit flow times.
         chart: for Runge–Kutta solvers: "straight" (the default), "data", "noise", "trig" or "native".
         start: the state at interval[0], as the path scales it, instead of fresh noise.
         interval: flow times (from, to).
@@ -65,7 +66,7 @@ def sample(
         samples: the global numbers of the samples, by default 0 … B−1: sample n is the same in any batch.
         cond: passed to the network; tensors whose first dimension is B are taken per sample.
         device: where to start from noise; by default where the network is.
-        dtype: dtype of the noise to start from.
+        dtype: dtype of the state to start from, by default float32; half precisions are raised to it.
         progress: show a progress bar (needs tqdm).
         throw: raise if any sample fails; otherwise its status says so.
         grad: record gradients; by default only if `start` requires them.
@@ -78,7 +79,7 @@ def sample(
         ValueError: bad times, grid, chart or budget, or an estimate that does not exist at a node.
         TypeError: bad solver or options.
 
-    Example:
+    Examples:
         >>> flow = fs.problems.GaussianMixture([[-1.0], [1.0]], std=0.2).flow(fs.paths.CondOT())
         >>> sol = fs.sample(flow, shape=(4, 1), solver=fs.solvers.Heun(), nfe=20, seed=0)
         >>> sol.x.shape, sol.nfe
@@ -89,16 +90,26 @@ def sample(
     """
     if (shape is None) == (start is None):
         raise ValueError("give either shape=(B, *S), to start from noise, or start=x, to start from a state")
-    _check_interval(interval)
+    check_flow(flow, cond)
+    check_interval(interval)
     if start is None:
-        assert shape is not None
         if interval[0] != 0.0:
-            raise ValueError(f"the interval starts at t = {interval[0]:g}; noise alone starts at 0, so give start=x")
-        blank = torch.empty(tuple(shape), device=device or _device(flow.net), dtype=dtype)
+            raise ValueError(
+                f"the interval starts at t = {interval[0]:g}, where the state holds signal as well as noise; give "
+                f"start= a state at that time, for example path.interpolate(data, noise, {interval[0]:g})"
+            )
+        dtype = torch.float32 if dtype is None else dtype
+        if not dtype.is_floating_point:
+            raise TypeError(f"dtype = {dtype}; expected a floating-point dtype")
+        blank = state(torch.empty(shape_of(shape), device=device or device_of(flow.net), dtype=dtype))
         noise = Noise.for_batch(seed, blank.shape[0], samples)
         start = noise.normal(START, 0, blank) * flow.path.prior_std
     else:
-        noise = Noise.for_batch(seed, start.shape[0], samples)
+        if device is not None or dtype is not None:
+            raise TypeError(
+                "device= and dtype= place fresh noise; a start given has its own (move it with start.to(…))"
+            )
+        noise = Noise.for_batch(seed, state(start).shape[0], samples)
     return integrate(
         flow, start, interval, solver=solver, nfe=nfe, grid=grid, chart=chart, noise=noise, cond=cond,
         progress=progress, throw=throw, grad=grad,
@@ -111,7 +122,7 @@ def encode(
     *,
     solver: Solver,
     nfe: int | None = None,
-    grid: Any = "uniform",
+    grid: Any = None,
     chart: str | Chart | None = None,
     interval: tuple[float, float] | None = None,
     cond: Mapping[str, Any] | None = None,
@@ -119,24 +130,26 @@ def encode(
     throw: bool = True,
     grad: bool | None = None,
 ) -> Solution:
-    """Carry data back to noise along the probability-flow ODE: the exact reverse of `sample`.
+    """Carry data back to noise along the probability-flow ODE: the reverse of `sample` over the same interval.
 
     Args:
         flow: the flow.
         x: the state at interval[0], shape (B, *S).
-        interval: flow times (from, to), by default from the data end of the network's window to 0.
+        interval: flow times (from, to), by default from the data end of the network's window to 0. (On a discrete
+            table that is entry 0, not the clean end; sample over (0, window end) to return to the same x.)
 
     The other arguments, the result and the errors are those of `sample`; a solver that draws noise is refused.
 
-    Example:
+    Examples:
         >>> flow = fs.problems.GaussianMixture([[-1.0], [1.0]], std=0.2).flow(fs.paths.CondOT())
         >>> x, solver = torch.tensor([[0.9], [-1.1]], dtype=torch.float64), fs.solvers.Dopri5(1e-9, 1e-9)
         >>> noise = fs.encode(flow, x, solver=solver).x
         >>> torch.allclose(fs.sample(flow, start=noise, solver=solver).x, x, atol=1e-7)
         True
     """
+    check_flow(flow, cond)
     interval = interval or (flow.path.window[1], 0.0)
-    _check_interval(interval)
+    check_interval(interval)
     return integrate(
         flow, x, interval, solver=solver, nfe=nfe, grid=grid, chart=chart, cond=cond, progress=progress,
         throw=throw, grad=grad,
@@ -150,7 +163,7 @@ def integrate(
     *,
     solver: Solver,
     nfe: int | None = None,
-    grid: Any = "uniform",
+    grid: Any = None,
     chart: str | Chart | None = None,
     noise: Noise | None = None,
     cond: Mapping[str, Any] | None = None,
@@ -160,8 +173,8 @@ def integrate(
 ) -> Solution:
     """Solve a flow over an interval of flow time in either direction; `sample` and `encode` without their defaults."""
     ruler = None if chart is None else charts.resolve(chart)
-    _check_solver(solver)
-    x = _state(x)
+    check_solver(solver)
+    x = state(x)
     budget = estimates(nfe, flow)
 
     def answer(query: Query, index: Tensor | None) -> Any:
@@ -170,6 +183,7 @@ def integrate(
     path, (start, end) = flow.path, interval
     with _gradients(x, grad):
         if isinstance(solver, Adaptive) and solver.adaptive:
+            check_grid(grid, solver)
             closing = start <= path.window[1] < end
             last = path.window[1] if closing else end
             ruler = ruler or charts.CHARTS["straight"]
@@ -179,8 +193,8 @@ def integrate(
             steps = plan(solver, flow, interval, grid, budget, ruler)
             closing, last = steps.closing, steps.times[-2]
             intervals = steps.intervals[:-1] if closing else steps.intervals
-            step, state = solver.on(path, ruler), State(x, noise=noise)
-            _, solution = march(step, state, intervals, answer, start=start, progress=progress)
+            begin = State(x, noise=noise)
+            _, solution = march(solver.on(path, ruler), begin, intervals, answer, start=start, progress=progress)
         if closing:
             solution = _close(solution, path, last, end, answer)
     solution = replace(solution, nfe=solution.nfe * flow.nfe_per_call)
@@ -223,27 +237,27 @@ def solve(
         SolverError: a sample failed and throw is True.
         ValueError, TypeError: bad times, budget, solver, or shape of f's result.
 
-    Example:
+    Examples:
         >>> y0 = torch.tensor([[1.0], [2.0]], dtype=torch.float64)
         >>> sol = fs.solve(lambda t, y: -2 * t * y, y0, 0.0, 1.0, solver=fs.solvers.Dopri5(1e-8, 1e-8))
         >>> torch.allclose(sol.x, y0 * torch.tensor(-1.0, dtype=torch.float64).exp(), atol=1e-7)
         True
     """
-    _check_solver(solver)
+    check_solver(solver)
     if not isinstance(solver, RungeKutta):
         raise TypeError(f"{solver!r} works on flows only; a plain ODE needs a Runge–Kutta solver such as Dopri5()")
     t0, t1 = float(t0), float(t1)
     nfe = whole(nfe)
     stops = _stops(t0, t1, t_eval)
     single = y0.ndim == 0 or not batched
-    y = _state(y0.unsqueeze(0) if single else y0)
+    y = state(y0.unsqueeze(0) if single else y0)
 
     def answer(query: Query, index: Tensor | None) -> Tensor:
         x, t = (query.x[0] if single else query.x), query.t
         if isinstance(t, Tensor):
             time = per_sample(t, query.x).reshape(()) if single else per_sample(t, query.x)
         else:
-            time = torch.tensor(t, dtype=x.dtype, device=x.device)
+            time = torch.full((), t, dtype=x.dtype, device=x.device)
         slope = f(time, x)
         if not isinstance(slope, Tensor) or slope.shape != x.shape:
             got = tuple(slope.shape) if isinstance(slope, Tensor) else type(slope).__name__
@@ -282,6 +296,7 @@ def _adaptive(
     """An adaptive solve of a flow in a chart."""
     path = flow.path
     for t in (start, end):
+        within(path, t)
         chart.require(path, t)
         flow.require(t, "the interval")
     s_end = chart.clock(path, end)
@@ -303,7 +318,7 @@ def _close(solution: Solution, path: Path, edge: float, end: float, ask: Ask) ->
     """Take the samples that arrived at the window's edge to the end, with the estimate at the edge."""
     there = path.at(end)
     closed = ask(Query(solution.x, edge), None).combine(there.alpha, there.sigma)
-    finite = torch.isfinite(rows(closed.detach()).sum(1)).cpu()
+    finite = torch.isfinite(rows(closed.detach())).all(1).cpu()
     return replace(
         solution,
         x=choose(solution.ok, closed, solution.x),
@@ -311,27 +326,6 @@ def _close(solution: Solution, path: Path, edge: float, end: float, ask: Ask) ->
         status=torch.where(solution.ok & ~finite, int(Status.NONFINITE), solution.status),
         nfe=solution.nfe + 1,
     )
-
-
-def _check_solver(solver: Any) -> None:
-    if isinstance(solver, type):
-        raise TypeError(f"solver is the class {solver.__name__}; pass an instance, {solver.__name__}()")
-    if not isinstance(solver, Solver):
-        raise TypeError(f"solver is {solver!r}; expected a solver such as flowsolve.solvers.Dopri5()")
-
-
-def _check_interval(interval: tuple[float, float]) -> None:
-    if len(interval) != 2 or not all(0.0 <= t <= 1.0 for t in interval) or interval[0] == interval[1]:
-        raise ValueError(f"interval = {interval!r}; expected two different flow times in [0, 1], noise 0 and data 1")
-
-
-def _state(x: Tensor) -> Tensor:
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        got = f"dtype {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"the state is of {got}; expected a floating-point tensor")
-    if x.ndim == 0:
-        raise ValueError("the state is 0-dimensional; expected a batch of shape (B, *S)")
-    return x.to(state_dtype(x))
 
 
 def _stops(t0: float, t1: float, t_eval: Sequence[float] | Tensor | None) -> list[float]:
@@ -358,11 +352,6 @@ def _nodes(times: Sequence[float], stops: Sequence[float]) -> set[int]:
             )
         keep.add(i)
     return keep
-
-
-def _device(net: Any) -> torch.device:
-    parameter = next(net.parameters(), None) if isinstance(net, nn.Module) else None
-    return torch.device("cpu") if parameter is None else parameter.device
 
 
 @contextmanager

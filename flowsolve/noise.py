@@ -7,7 +7,8 @@ Box and Muller's transform,
 
 $$ \sqrt{-2\ln u_1}\,(\cos 2\pi u_2,\ \sin 2\pi u_2), \qquad u = (w + \tfrac12)\,2^{-32}. $$
 
-Streams keep the uses of one sample apart: its start, its steps, its trace probes, its dequantisation. All arithmetic
+Streams keep the uses of one sample apart: its start, its steps, its trace probes, its dequantisation. The interval of
+a step is addressed by the time at which it starts, so a solve in pieces draws what the whole draws. All arithmetic
 on words is integer and exact, so every device sees the same bits; the transform is computed in float64 (float32 where
 a device has no more) and then cast.
 """
@@ -21,13 +22,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["DEQUANTIZE", "PROBE", "START", "STEP", "Noise", "philox"]
+__all__ = ["DEQUANTIZE", "PROBE", "START", "STEP", "Noise", "interval", "philox"]
 
 START, STEP, PROBE, DEQUANTIZE = range(4)
 
 MASK = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
+
+
+def interval(t: float) -> int:
+    """The address of the interval that starts at flow time t in [0, 1]: one integer below 2⁵⁴ for each float.
+
+    A solve in pieces meets the same intervals as the whole, and so the same noise.
+    """
+    return round(t * 2.0**53)
 
 
 def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
@@ -99,7 +108,7 @@ class Noise:
             torch.arange(blocks, device=device).unsqueeze(0),
             torch.full_like(samples, interval & MASK),
             samples,
-            torch.full_like(samples, stream),
+            torch.full_like(samples, stream | (interval >> 32) << 8),
         )
         return torch.stack(philox(counter, (self.seed & MASK, (self.seed >> 32) & MASK)), dim=-1).flatten(1)
 

@@ -12,22 +12,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from operator import index
 from typing import Any
 
 from flowsolve import grids
 from flowsolve.charts import Chart
 from flowsolve.flow import Flow
 from flowsolve.grids import Grid
+from flowsolve.paths import Path
 from flowsolve.solvers.base import Solver
 
-__all__ = ["estimates", "plan", "share", "whole"]
+__all__ = ["estimates", "plan", "share", "whole", "within"]
 
 
 def plan(
     solver: Solver,
     flow: Flow,
     interval: tuple[float, float],
-    grid: Any = "uniform",
+    grid: Any = None,
     nfe: int | None = None,
     chart: Chart | None = None,
 ) -> Grid:
@@ -42,7 +44,7 @@ def plan(
     if end < start and solver.random:
         raise ValueError(f"{solver!r} draws noise and has no way back from data to noise; use eta=0 or an ODE solver")
     edge = flow.path.window[1]
-    spacing = grids.resolve(grid)
+    spacing = grids.resolve("uniform" if grid is None else grid)
     if isinstance(spacing, list):
         if spacing[:1] + spacing[-1:] != [start, end]:
             raise ValueError(
@@ -58,7 +60,8 @@ def plan(
         steps = Grid(tuple(spacing), tuple(counts), closing)
         if nfe is not None and nfe != steps.nfe:
             raise ValueError(
-                f"nfe = {nfe} but {solver!r} spends {steps.nfe} estimates on the {steps.steps} steps given; drop one"
+                f"the budget is {nfe} estimates, but {solver!r} spends {steps.nfe} on the {steps.steps} steps given; "
+                "drop nfe= or grid="
             )
     else:
         if nfe is None:
@@ -68,40 +71,54 @@ def plan(
         closing = start < edge < end and (solver.evaluations > 1 or times[-2] > edge)
         if closing:
             if nfe < 2:
-                raise ValueError(f"nfe = {nfe}; expected at least 2 with {type(solver).__name__} on {flow.path!r}")
+                raise ValueError(
+                    f"nfe = {nfe}; expected at least 2 with {type(solver).__name__} on {flow.path!r}: one estimate is "
+                    f"for the closing step from the window's edge t = {edge:g}"
+                )
             counts = solver.schedule(nfe - 1)
             times, counts = [*share(spacing.times(flow.path, start, edge, nfe - 1), counts), end], [*counts, 1]
         steps = Grid(tuple(times), tuple(counts), closing)
-    for i, t in enumerate(steps.times):
-        last = i == steps.steps
-        if closing and last:
-            break
-        if t > edge and not last:
-            raise ValueError(
-                f"the grid asks the network at t = {t:g}, beyond its window [0, {edge:g}] on {flow.path!r}; only the "
-                "last time may lie there"
-            )
-        solver.require(flow, chart, t, last=last)
+    body = steps.intervals[: steps.steps - closing]
+    asked = {t for t, _, _ in steps.intervals} | {after for _, after, n in body if solver.asks_at_end(n)}
+    for t in steps.times[: len(steps.times) - closing]:
+        if t in asked:
+            within(flow.path, t)
+        solver.require(flow, chart, t, asks=t in asked)
     return steps
+
+
+def within(path: Path, t: float) -> None:
+    """Raise ValueError unless the network may be asked at flow time t."""
+    edge = path.window[1]
+    if t > edge:
+        raise ValueError(
+            f"the network would be asked at t = {t:g}, beyond the times it knows, [0, {edge:g}] on {path!r}; only the "
+            "last time of a grid on the way to the data may lie there"
+        )
 
 
 def share(times: Sequence[float], counts: Sequence[int]) -> list[float]:
     """The ends of steps that cost `counts`, on a grid with a step for each evaluation: dear steps are long."""
+    if len(times) != sum(counts) + 1:
+        raise ValueError(f"the spacing gave {len(times)} times for {sum(counts)} steps; expected {sum(counts) + 1}")
     return [times[i] for i in accumulate(counts, initial=0)]
 
 
 def whole(nfe: int | None) -> int | None:
     """A budget as given, if it is one."""
-    if nfe is not None and (isinstance(nfe, bool) or not isinstance(nfe, int) or nfe < 1):
+    if nfe is None:
+        return None
+    count = index(nfe) if hasattr(nfe, "__index__") and not isinstance(nfe, bool) else 0
+    if count < 1:
         raise ValueError(f"nfe = {nfe!r}; expected an integer >= 1")
-    return nfe
+    return count
 
 
 def estimates(nfe: int | None, flow: Flow) -> int | None:
     """The estimates that a budget of network evaluations buys."""
-    if whole(nfe) is None:
+    nfe = whole(nfe)
+    if nfe is None:
         return None
-    assert nfe is not None
     if nfe % flow.nfe_per_call:
         raise ValueError(f"nfe = {nfe} is not a multiple of the {flow.nfe_per_call} evaluations an estimate costs here")
     return nfe // flow.nfe_per_call

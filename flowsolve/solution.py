@@ -20,6 +20,12 @@ REASONS = {
     Status.MAX_STEPS: "max_steps attempts made",
 }
 
+MENDS = {
+    Status.UNDERFLOW: "Loosen rtol and atol, or look at the field there. ",
+    Status.BUDGET: "Raise nfe, or loosen rtol and atol. ",
+    Status.MAX_STEPS: "Raise max_steps, or loosen rtol and atol. ",
+}
+
 
 @dataclass(frozen=True)
 class Solution:
@@ -79,5 +85,6 @@ class SolverError(RuntimeError):
             lines.append(f"and {len(self.samples) - 5} more")
         super().__init__(
             f"{len(self.samples)} of {len(messages)} samples did not reach the end: {'; '.join(lines)}. "
-            "The others are complete: pass throw=False to get them all, or read .solution of this error."
+            + MENDS.get(Status(int(solution.status[self.samples[0]])), "")
+            + "Pass throw=False to get every sample with its status, or read .solution of this error."
         )

@@ -89,3 +89,14 @@ def test_an_embedding_table_that_ends_is_not_an_error():
 def test_an_untrained_network_fits_nothing():
     report = fs.Flow(lambda x, t: torch.zeros_like(x), paths.CondOT()).check(DATA)
     assert not report.ok
+
+
+def test_data_in_other_units_are_named_before_any_convention_is_blamed():
+    report = MIXTURE.flow(paths.CondOT()).check(255 * (DATA + 1) / 2)
+    assert not report.ok
+    assert "far outside the declared data_range (-1, 1)" in report.message
+
+
+def test_a_network_that_fails_as_declared_says_why():
+    with pytest.raises(ValueError, match="the network returned shape"):
+        fs.Flow(lambda x, t: x[:, :1], paths.CondOT()).check(DATA)

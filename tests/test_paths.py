@@ -443,7 +443,7 @@ def test_the_offending_time_is_shown() -> None:
         (lambda: Discrete([0.5, -0.1]), r"values in \[0, 1\)"),
         (lambda: Discrete([0.9, math.nan, 0.1]), "strictly decrease"),
         (lambda: Discrete([0.9, 0.5, 0.5]), "strictly decrease"),
-        (lambda: Discrete.from_betas([0.1, 1.5]), r"values in \[0, 1\)"),
+        (lambda: Discrete.from_betas([0.1, 1.5]), r"beta 1 is 1.5; expected 0 < beta <= 1"),
     ],
 )
 def test_bad_parameters_are_refused_with_what_was_expected(build: Callable[[], Path], message: str) -> None:

@@ -87,11 +87,19 @@ class UNet(nn.Module):
 
 def load(source: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Flow:
     """A diffusers directory as a `Flow` in evaluation mode; see `flowsolve.adapters.load`."""
+    if not isinstance(source, str | Path):
+        raise TypeError(
+            f"source is a {type(source).__name__}; expected a directory. For a pipeline at hand, use "
+            "adapters.diffusers.as_flow(pipeline.unet, pipeline.scheduler)"
+        )
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype = {dtype!r}; expected a torch dtype such as torch.float16")
     root = Path(source)
     if not root.is_dir():
         raise FileNotFoundError(
-            f"{str(source)!r} is not a directory; expected a diffusers checkpoint on this machine, with "
-            "unet/ and scheduler/ inside (download it first, for example with `hf download`)"
+            f"{str(source)!r} is not a directory; expected a diffusers checkpoint on this machine, with unet/ and "
+            "scheduler/ inside (download it first, for example with `hf download`; adapters.bundled(name) gives the "
+            "directories of the bundled ones)"
         )
     if root.name in PARTS and all((root.parent / part).is_dir() for part in PARTS):
         raise ValueError(f"{str(source)!r} is one part of a checkpoint; pass its parent, {str(root.parent)!r}")
@@ -140,6 +148,10 @@ def as_flow(unet: nn.Module, scheduler: Any) -> Flow:
         return Flow(net, CondOT(), FLOW, time=lambda t: n * (1.0 - t))
     if name not in TABLE_SCHEDULERS:
         raise ValueError(_unsupported(f"scheduler {name}", (*TABLE_SCHEDULERS, *FLOW_SCHEDULERS)))
+    if config.get("timestep_type", "discrete") != "discrete":
+        raise ValueError(
+            f"{name} with timestep_type = {config['timestep_type']!r} is not supported; expected 'discrete'"
+        )
     kind = config.get("prediction_type", "epsilon")
     if kind not in PREDICTION_TYPES:
         raise ValueError(_unsupported(f"{name} with prediction_type = {kind!r}", PREDICTION_TYPES))

@@ -12,6 +12,7 @@ from pkgutil import iter_modules
 from typing import Any
 
 from flowsolve._optional import require
+from flowsolve._version import __version__
 
 __all__ = ["build", "main"]
 
@@ -25,8 +26,15 @@ def build() -> Any:
     typer = require("typer", "cli", "the command line")
     app = typer.Typer(name="flowsolve", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
+    def show(asked: bool) -> None:
+        if asked:
+            typer.echo(__version__)
+            raise typer.Exit
+
     @app.callback()  # type: ignore[untyped-decorator]
-    def flowsolve() -> None:
+    def flowsolve(
+        version: bool = typer.Option(False, "--version", is_eager=True, callback=show, help="Print the version."),
+    ) -> None:
         """Numerical ODE and SDE solvers for generative flows."""
 
     for info in iter_modules(__path__):
@@ -36,9 +44,9 @@ def build() -> Any:
 
 
 def main() -> None:
-    """Entry point: run the command line; a missing package is one line and exit status 1."""
+    """Entry point: run the command line; a missing package or file is one line and exit status 1."""
     try:
         build()()
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         print(f"flowsolve: {error}", file=sys.stderr)
         raise SystemExit(1) from None

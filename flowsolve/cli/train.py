@@ -127,9 +127,6 @@ def fit(recipe: Recipe, out: Path, *, resume: bool = False, progress: bool = Fal
         if name not in table:
             raise ValueError(f"{kind} = {name!r} is not known; expected one of {', '.join(table)}")
     data, model = DATA[recipe.data], MODELS[recipe.model]
-    state, begun = out / "training.pt", out / "recipe.json"
-    _open(out, begun, recipe, resume)
-
     images = data.images("train")
     scheduler = model.scheduler()
     with torch.random.fork_rng(devices=[]):
@@ -149,6 +146,8 @@ def fit(recipe: Recipe, out: Path, *, resume: bool = False, progress: bool = Fal
         ema_decay=recipe.ema_decay,
         seed=recipe.seed,
     )
+    state, begun = out / "training.pt", out / "recipe.json"
+    _open(out, begun, recipe, resume)
     if state.is_file():
         trainer.load(state)
     trained = trainer.run(checkpoint=state, every=CHECKPOINT_EVERY, progress=progress)

@@ -60,7 +60,7 @@ def bits_per_dim(
     images: Tensor,
     *,
     solver: Solver,
-    bits: int = 8,
+    bits: int | None = None,
     levels: int | None = None,
     dequantize: str = "uniform",
     importance: int = 1,
@@ -74,10 +74,11 @@ def bits_per_dim(
         flow: the flow; its data_range says where the integers 0 … levels−1 lie.
         images: integers of shape (B, *S), of any integer dtype.
         solver: a Runge–Kutta solver.
-        bits: bit depth; the images take 2**bits levels.
-        levels: number of levels, if not a power of two.
+        bits: bit depth; the images take 2**bits levels. By default 8.
+        levels: number of levels instead, if it is not a power of two.
         dequantize: "uniform".
-        importance: draws K of the importance-weighted bound; K solves a call.
+        importance: draws K of the importance-weighted bound; K solves a call. More than one needs trace="exact": the
+            exponential of an unbiased estimate of log p is not an unbiased estimate of p.
         seed: key of the dequantisation and of the trace probes.
         samples: the global numbers of the images, by default 0 … B−1.
         **options: passed to `flowsolve.log_prob` (trace, probes, nfe, grid, chart, cond, progress, …).
@@ -89,8 +90,15 @@ def bits_per_dim(
         TypeError: images that are not integers.
         ValueError: images outside the levels, or bad options.
     """
-    levels = 2**bits if levels is None else levels
+    if bits is not None and levels is not None:
+        raise TypeError(f"bits = {bits} and levels = {levels} both say how many levels there are; give one")
+    levels = 2 ** (8 if bits is None else bits) if levels is None else levels
     _check(images, levels, dequantize, importance)
+    if importance > 1 and options.get("trace") != "exact":
+        raise ValueError(
+            f"importance = {importance} averages densities, and an estimated trace makes that average too large; "
+            "set trace='exact', or importance=1"
+        )
     noise = Noise.for_batch(seed, images.shape[0], samples)
     lo, hi = flow.data_range
     size = math.prod(images.shape[1:])
@@ -124,5 +132,5 @@ def _check(images: Tensor, levels: int, dequantize: str, importance: int) -> Non
         )
     if dequantize != "uniform":
         raise ValueError(f"dequantize = {dequantize!r} is not known; expected 'uniform'")
-    if importance < 1:
-        raise ValueError(f"importance = {importance}; expected at least 1 draw")
+    if not isinstance(importance, int) or importance < 1:
+        raise ValueError(f"importance = {importance!r}; expected an integer of at least 1 draw")

@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from flowsolve import charts
-from flowsolve._batch import per_sample, rows, select, state_dtype
+from flowsolve._arguments import check_flow, check_grid, check_solver, size_of, state
+from flowsolve._batch import per_sample, rows, select
 from flowsolve.charts import Chart
 from flowsolve.drivers import march, pursue
 from flowsolve.flow import Flow
@@ -74,7 +75,7 @@ def log_prob(
     seed: int = 0,
     samples: Sequence[int] | Tensor | None = None,
     nfe: int | None = None,
-    grid: Any = "uniform",
+    grid: Any = None,
     chart: str | Chart | None = None,
     interval: tuple[float, float] | None = None,
     prior: Callable[[Tensor], Tensor] | None = None,
@@ -111,7 +112,7 @@ def log_prob(
         ValueError: bad times, grid, chart, trace or budget, or an estimate that does not exist on the interval.
         TypeError: a solver that is not a Runge–Kutta solver.
 
-    Example:
+    Examples:
         >>> mixture = fs.problems.GaussianMixture([[-1.0, 0.0], [1.0, 0.0]], std=0.3, dtype=torch.float64)
         >>> x = mixture.sample(3, seed=0)
         >>> solver = fs.solvers.Dopri5(1e-8, 1e-8)
@@ -119,6 +120,8 @@ def log_prob(
         >>> torch.allclose(out.log_prob, mixture.log_prob(x), atol=1e-6)
         True
     """
+    check_flow(flow, cond)
+    check_solver(solver)
     if not isinstance(solver, RungeKutta):
         raise TypeError(f"solver is {solver!r}; log_prob needs a Runge–Kutta solver such as Dopri5() or RK4()")
     path = flow.path
@@ -134,9 +137,11 @@ def log_prob(
     for t in (start, end):
         ruler.require(path, t)
     budget = estimates(nfe, flow)
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("log_prob differentiates the network, which inference_mode forbids; use no_grad instead")
+    x = state(x)
     graph = torch.is_grad_enabled() and (x.requires_grad if grad is None else grad)
-    x = x.to(state_dtype(x))
-    count, size = x.shape[0], math.prod(x.shape[1:])
+    count, size = x.shape[0], size_of(x)
     noise = Noise.for_batch(seed, count, samples)
     estimator = traces.resolve(trace, probes, x.detach(), noise)
     shared = dict(cond or {})
@@ -165,9 +170,15 @@ def log_prob(
     s_start, s_end = ruler.clock(path, start), ruler.clock(path, end)
     with torch.set_grad_enabled(graph):
         if isinstance(solver, Adaptive) and solver.adaptive:
+            check_grid(grid, solver)
             for t in (start, end):
                 flow.require(t, "the interval")
-            control = replace(solver, norm=lambda e: torch.maximum(solver.norm(e[:, :size]), e[:, size:].abs().amax(1)))
+
+            def norm(e: Tensor) -> Tensor:
+                state_part = solver.norm(e[:, :size].reshape(-1, *x.shape[1:]))
+                return torch.maximum(state_part, e[:, size:].abs().amax(1))
+
+            control = replace(solver, norm=norm)
             _, solution = pursue(control, joint, s_start, [s_end], answer, budget=budget, progress=progress)
         else:
             steps = plan(solver, flow, (start, end), grid, budget, ruler)
@@ -179,13 +190,14 @@ def log_prob(
         base = normal_log_prob(latent, path.prior_std) if prior is None else prior(latent)
         change = size * math.log(ruler.scale(path.at(end)) / ruler.scale(path.at(start)))
         value = base + logdets.mean(1) + change
+    reached = torch.where(solution.t == s_end, end, torch.as_tensor(ruler.time(path, solution.t)))
+    solution = replace(solution, x=latent, t=reached, nfe=solution.nfe * flow.nfe_per_call)
     if throw:
         solution.raise_on_failure()
     value = torch.where(solution.ok.to(value.device), value, float("nan"))
     spread = logdets.detach().std(1) / math.sqrt(estimator.count) if estimator.count > 1 else value.detach() * math.nan
     stderr = torch.zeros_like(spread) if isinstance(estimator, traces.Exact) else spread
-    nfe_spent = solution.nfe * flow.nfe_per_call
-    return LogProb(value, stderr, nfe_spent, latent, replace(solution, nfe=nfe_spent))
+    return LogProb(value, stderr, solution.nfe, latent, solution)
 
 
 def normal_log_prob(x: Tensor, std: float) -> Tensor:

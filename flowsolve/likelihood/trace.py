@@ -44,7 +44,7 @@ class Exact(Trace):
         """The trace, (B, 1)."""
         total = x.new_zeros(x.shape[0])
         for i in range(math.prod(x.shape[1:])):
-            vector = torch.zeros_like(x)
+            vector = x.new_zeros(x.shape)  # contiguous whatever x is, so that its rows are a view
             rows(vector)[:, i] = 1.0
             total = total + rows(_product(output, x, vector, graph))[:, i]
         return total.unsqueeze(1)
@@ -73,12 +73,14 @@ class Hutchinson(Trace):
 
 def _product(output: Tensor, x: Tensor, vector: Tensor, graph: bool) -> Tensor:
     """vᵀ ∂o/∂x, one backward pass. (Products batched by vmap fail on ordinary convolutional networks.)"""
-    if not output.requires_grad:
+    product = None
+    if output.requires_grad:
+        (product,) = torch.autograd.grad(output, x, vector, retain_graph=True, create_graph=graph, allow_unused=True)
+    if product is None:
         raise ValueError(
             "the network's output does not depend on x for autograd, so its divergence cannot be read; remove "
             "no_grad, inference_mode, detach or NumPy from the network's forward pass"
         )
-    (product,) = torch.autograd.grad(output, x, vector, retain_graph=True, create_graph=graph, materialize_grads=True)
     return product
 
 

@@ -37,7 +37,7 @@ class Point(NamedTuple):
 class Path:
     """A Gaussian path x_t = α(t) z + σ(t) ε. A subclass gives its curve and the inverse of its log-SNR.
 
-    Example:
+    Examples:
         >>> path = fs.paths.CondOT()
         >>> path.alpha(0.25), path.sigma(0.25), round(path.time(0.0), 12)
         (0.25, 0.75, 0.5)

@@ -27,7 +27,8 @@ class Discrete(Path):
 
     Between entries α/(α+σ), the clock of the straight chart, is linear in t: the one interpolation that is finite at
     both ends, also for tables with zero terminal SNR. Its slope jumps at the entries, so that a *velocity* in flow
-    time is ambiguous exactly there; the other predictions do not see it. Native time is the (fractional) index k.
+    time is ambiguous there (the slope towards the data is taken); the other predictions do not see it. Native time is
+    the (fractional) index k.
     """
 
     alphas_cumprod: tuple[float, ...]
@@ -60,8 +61,11 @@ class Discrete(Path):
         """The table ᾱ_k = Π_{j≤k} (1 − β_j) of Ho et al. 2020."""
         if isinstance(betas, Tensor):
             betas = betas.detach().cpu().double().tolist()
-        table, product = [], 1.0
+        table: list[float] = []
+        product = 1.0
         for beta in betas:
+            if not 0.0 < beta <= 1.0:
+                raise ValueError(f"beta {len(table)} is {beta!r}; expected 0 < beta <= 1")
             product *= 1.0 - float(beta)
             table.append(product)
         return cls(table, clean)
@@ -89,7 +93,9 @@ class Discrete(Path):
         n = self._intervals
         place = (1.0 - t) * n
         data, noise = self._table(t)
-        i: Any = place.floor().clamp(0, n - 1).long() if m is torch else min(int(place), n - 1)
+        # At an entry the interval towards the data counts: its slope is that of a step that starts there.
+        upper = _snap(place)
+        i: Any = (upper.ceil() - 1.0).clamp(0, n - 1).long() if m is torch else min(max(math.ceil(upper) - 1, 0), n - 1)
         w = place - i
         a, b = (1.0 - w) * data[i] + w * data[i + 1], (1.0 - w) * noise[i] + w * noise[i + 1]
         rate_a, rate_b = n * (data[i] - data[i + 1]), n * (noise[i] - noise[i + 1])
@@ -116,10 +122,15 @@ class Discrete(Path):
 
     def _to_native(self, t: Any) -> Any:
         """The index k: fractional between entries, exact at them, 0 beyond the last."""
-        k = (1.0 - t) * self._intervals - (1.0 if self.clean else 0.0)
-        if isinstance(k, Tensor):
-            return torch.where((k - k.round()).abs() < 1e-9, k.round(), k).clamp_min(0.0)
-        return max(float(round(k)) if abs(k - round(k)) < 1e-9 else k, 0.0)
+        k = _snap((1.0 - t) * self._intervals) - (1.0 if self.clean else 0.0)
+        return k.clamp_min(0.0) if isinstance(k, Tensor) else max(k, 0.0)
 
     def _from_native(self, native: Any) -> Any:
         return 1.0 - (native + (1.0 if self.clean else 0.0)) / self._intervals
+
+
+def _snap(place: Any) -> Any:
+    """A place in the table, made a whole number where only rounding keeps it from being one."""
+    if isinstance(place, Tensor):
+        return torch.where((place - place.round()).abs() < 1e-9, place.round(), place)
+    return float(round(place)) if abs(place - round(place)) < 1e-9 else place

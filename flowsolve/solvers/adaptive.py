@@ -145,7 +145,7 @@ class Adaptive(RungeKutta):
             finite = torch.isfinite(_host(self.norm(slope.detach())))
         else:
             with torch.no_grad():
-                scale = self.atol + self.rtol * y.abs()
+                scale = self._scale(y.abs())
                 d0, d1 = _host(torch.stack((self.norm(y / scale), self.norm(slope / scale))))
             finite = torch.isfinite(d1)
             h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1).nan_to_num_(nan=1e-6)
@@ -184,7 +184,7 @@ class Adaptive(RungeKutta):
 
         with torch.no_grad():
             local = advance(torch.zeros_like(y), h, tableau.error, slopes)
-            scale = self.atol + self.rtol * torch.maximum(y.abs(), ahead.abs())
+            scale = self._scale(torch.maximum(y.abs(), ahead.abs()))
             error = _host(self.norm(local / scale))
         finite = torch.isfinite(error)
         accepted = finite & (error <= 1.0)
@@ -213,6 +213,10 @@ class Adaptive(RungeKutta):
             nfe=state.nfe + self.attempt_nfe,
             status=status,
         )
+
+    def _scale(self, size: Tensor) -> Tensor:
+        """The tolerance of each number; kept from 0, so that a number that is 0 and stays 0 has no error."""
+        return (self.atol + self.rtol * size).clamp_min(torch.finfo(size.dtype).tiny)
 
     @property
     def begin_nfe(self) -> int:

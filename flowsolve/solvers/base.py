@@ -51,17 +51,15 @@ class State:
 
     Attributes:
         x: the state, shape (B, *S).
-        step: the number of steps taken, which addresses the noise of the next.
-        noise: the batch's noise; None for a solve that draws none.
+        noise: the batch's noise, addressed by intervals; None for a solve that draws none.
     """
 
     x: Tensor
-    step: int = 0
     noise: Noise | None = None
 
     def advance(self, x: Tensor) -> State:
         """The state after a step that ends in x."""
-        return replace(self, x=x, step=self.step + 1)
+        return replace(self, x=x)
 
 
 Step = Generator[Query, Any, State]
@@ -82,9 +80,13 @@ class Solver:
         """The evaluations of each step when exactly nfe are to be spent."""
         return [1] * nfe
 
-    def require(self, flow: Flow, chart: Chart | None, t: float, *, last: bool) -> None:
-        """Raise ValueError unless the solver can have a node of its grid (its last one if `last`) at flow time t."""
-        if not last:
+    def asks_at_end(self, evaluations: int) -> bool:
+        """Whether a step of so many evaluations asks at the time it ends."""
+        return False
+
+    def require(self, flow: Flow, chart: Chart | None, t: float, *, asks: bool) -> None:
+        """Raise ValueError unless the solver can have a node of its grid at flow time t, and ask there if it asks."""
+        if asks:
             flow.require(t)
 
     @property

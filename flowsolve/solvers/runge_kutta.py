@@ -1,9 +1,10 @@
 r"""Runge–Kutta on a fixed grid, in any chart and on any ODE.
 
 A full step costs the tableau's evaluations. A budget of N evaluations is spent to the last one: what does not fill
-whole steps goes into first steps of lower order (Euler for 1, Heun for 2, Kutta's third-order method for 3, RK4 for
-4), placed at the noise, where in the straight chart the field is smoothest. A step's share of the grid is its share of
-the evaluations, so a step of low order is a short one.
+whole steps goes into at most three first steps of Euler, Heun, Kutta's third-order method or RK4 (1 to 4 evaluations),
+placed at the noise, where in the straight chart the field is smoothest. They are of one order less than the method if
+the count allows, which keeps its order of convergence: RK4 spends 41 = 3·3 + 8·4. A step's share of the grid is its
+share of the evaluations.
 
 On a flow the default chart is the straight one: there Euler is DDIM, and the field is finite at both ends.
 """
@@ -63,6 +64,16 @@ def stages(
     return stage
 
 
+def _compose(total: int, sizes: list[int]) -> list[int] | None:
+    """The fewest numbers from `sizes`, rising, that add up to a total; None if none do."""
+    best: list[list[int] | None] = [[]]
+    for n in range(1, total + 1):
+        ways = [[*w, size] for size in sizes if size <= n and (w := best[n - size]) is not None]
+        best.append(min(ways, key=len) if ways else None)
+    found = best[total]
+    return None if found is None else sorted(found)
+
+
 @dataclass(frozen=True)
 class RungeKutta(Solver):
     """An explicit Runge–Kutta method on a fixed grid."""
@@ -74,20 +85,28 @@ class RungeKutta(Solver):
             cls.evaluations = cls.tableau.evaluations
 
     def schedule(self, nfe: int) -> list[int]:
-        """Whole steps, after steps of lower order that spend what is left over."""
-        full, rest = divmod(nfe, self.evaluations)
-        first = []
-        while rest:
-            first.append(min(rest, max(SHORTER)))
-            rest -= first[-1]
-        return first[::-1] + [self.evaluations] * full
+        """Whole steps, after shorter ones that spend what is left over without costing the order if that can be."""
+        order = self.tableau.order
+        for least in range(order - 1, 0, -1):  # a few steps of one order less keep the global order
+            sizes = [n for n, t in SHORTER.items() if t.order >= least]
+            for full in range(nfe // self.evaluations, -1, -1):
+                first = _compose(nfe - full * self.evaluations, sizes)
+                if first is not None and len(first) <= 3:
+                    return first + [self.evaluations] * full
+        return [1] * nfe
 
-    def require(self, flow: Flow, chart: Chart | None, t: float, *, last: bool) -> None:
-        """The estimate and the chart must exist at every node; at the last one only for a step that asks there."""
-        chart = chart or CHARTS["straight"]
-        chart.require(flow.path, t)
-        if not last or (self.evaluations > 1 and t <= flow.path.window[1]):
-            flow.require(t)
+    def method(self, evaluations: int) -> Tableau:
+        """The tableau of a step of so many evaluations."""
+        return self.tableau if evaluations == self.evaluations else SHORTER[evaluations]
+
+    def asks_at_end(self, evaluations: int) -> bool:
+        """Whether a node c = 1 is among the stages asked for."""
+        return 1.0 in self.method(evaluations).c[:evaluations]
+
+    def require(self, flow: Flow, chart: Chart | None, t: float, *, asks: bool) -> None:
+        """The chart must be finite at every node, and the estimate exist where it is asked for."""
+        (chart or CHARTS["straight"]).require(flow.path, t)
+        super().require(flow, chart, t, asks=asks)
 
     def on(self, path: Path, chart: Chart | None) -> Stepper:
         """The step function of this solver on a path, in a chart (by default the straight one)."""
@@ -107,7 +126,7 @@ class RungeKutta(Solver):
 
     def stride(self, y: Tensor, s: float, s_next: float, evaluations: int) -> Generator[Query, Tensor, Tensor]:
         """y at s_next from y at s, by exactly that many evaluations."""
-        tableau = self.tableau if evaluations == self.evaluations else SHORTER[evaluations]
+        tableau = self.method(evaluations)
         slopes: list[Tensor] = []
         yield from stages(tableau, y, s, s_next, s_next - s, slopes, evaluations)
         return advance(y, s_next - s, tableau.b, slopes)

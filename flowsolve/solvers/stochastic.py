@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from flowsolve.charts import Chart
 from flowsolve.flow import Flow
-from flowsolve.noise import STEP
+from flowsolve.noise import STEP, interval
 from flowsolve.paths import Path
 from flowsolve.solvers.base import EstimateSolver, Query, State, Step
 from flowsolve.solvers.discrete import check_eta
@@ -46,15 +46,15 @@ class EulerMaruyama(EstimateSolver):
         """Whether steps draw noise."""
         return self.eta > 0.0
 
-    def require(self, flow: Flow, chart: Chart | None, t: float, *, last: bool) -> None:
+    def require(self, flow: Flow, chart: Chart | None, t: float, *, asks: bool) -> None:
         """Every node but the last needs an estimate and, with noise, a finite λ'."""
-        super().require(flow, chart, t, last=last)
+        super().require(flow, chart, t, asks=asks)
         point = flow.path.at(t)
-        if not last and self.eta and (point.alpha == 0.0 or point.sigma == 0.0):
+        if asks and self.eta and (point.alpha == 0.0 or point.sigma == 0.0):
             raise ValueError(
                 f"EulerMaruyama(eta={self.eta:g}) has no step from t = {t:g} of {flow.path!r}, where g² = 2σ²λ' is "
-                "infinite; use ExactSDE (exact there) or start at a finite log-SNR, for example "
-                f"t = {flow.path.time(-5.0):.6g}"
+                "infinite; use ExactSDE, which is exact there, or start at a finite log-SNR: "
+                f"interval=({flow.path.time(-5.0):.6g}, …) with start= a state at that time"
             )
 
     def step(self, path: Path, state: State, t: float, t_next: float) -> Step:
@@ -65,5 +65,5 @@ class EulerMaruyama(EstimateSolver):
         x = estimate.combine(p.alpha + p.alpha_dot * dt, p.sigma + (p.sigma_dot - mixing * p.sigma) * dt)
         if mixing:
             assert state.noise is not None
-            x = x.add(state.noise.normal(STEP, state.step, x), alpha=p.sigma * math.sqrt(2.0 * mixing * dt))
+            x = x.add(state.noise.normal(STEP, interval(t), x), alpha=p.sigma * math.sqrt(2.0 * mixing * dt))
         return state.advance(x)

@@ -76,6 +76,8 @@ def test_an_image_has_the_same_bits_in_any_batch():
         (IMAGES - 1, {}, ValueError, "images run from -1"),
         (IMAGES, {"dequantize": "variational"}, ValueError, "expected 'uniform'"),
         (IMAGES, {"importance": 0}, ValueError, "at least 1 draw"),
+        (IMAGES, {"importance": 8}, ValueError, "set trace='exact'"),
+        (IMAGES, {"bits": 4}, TypeError, "give one"),
         (IMAGES, {"levels": 1}, ValueError, "at least 2"),
         (IMAGES > 3, {}, TypeError, "torch.bool"),
     ],

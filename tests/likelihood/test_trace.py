@@ -1,5 +1,8 @@
 """The trace estimators against the Jacobian written out."""
 
+from functools import partial
+
+import pytest
 import torch
 
 from flowsolve.likelihood.trace import Exact, Hutchinson, resolve
@@ -22,17 +25,24 @@ def test_exact_is_the_sum_of_the_diagonal():
 
 
 def test_a_convolutional_network_has_the_trace_of_its_jacobian():
+    """Two channels, channels last: the rows of such a tensor are no view of it."""
     torch.manual_seed(0)
-    norm = torch.nn.GroupNorm(2, 4)
-    net = torch.nn.Sequential(
-        torch.nn.Conv2d(1, 4, 3, padding=1), norm, torch.nn.SiLU(), torch.nn.Conv2d(4, 1, 3, padding=1)
-    )
-    images = torch.randn(3, 1, 4, 4).to(memory_format=torch.channels_last)
+    conv = partial(torch.nn.Conv2d, kernel_size=3, padding=1)
+    net = torch.nn.Sequential(conv(2, 4), torch.nn.GroupNorm(2, 4), torch.nn.SiLU(), conv(4, 2))
+    images = torch.randn(3, 2, 4, 4).to(memory_format=torch.channels_last)
     x = images.clone().requires_grad_()
     traces = Exact()(net(x), x, None, graph=False)[:, 0]
     for i in range(3):
-        jacobian = torch.autograd.functional.jacobian(lambda z: net(z[None])[0], images[i]).reshape(16, 16)
-        assert torch.allclose(traces[i], jacobian.trace(), rtol=1e-4, atol=1e-5)
+        jacobian = torch.autograd.functional.jacobian(lambda z: net(z[None])[0], images[i].contiguous())
+        assert torch.allclose(traces[i], jacobian.reshape(32, 32).trace(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_an_output_that_autograd_cannot_trace_to_x_is_refused(trainable):
+    weight = torch.ones((), requires_grad=trainable)
+    x = torch.randn(2, 3).requires_grad_()
+    with pytest.raises(ValueError, match="does not depend on x for autograd"):
+        Exact()(weight * x.detach(), x, None, graph=False)
 
 
 def test_hutchinson_has_its_textbook_mean_and_variance():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import flowsolve as fs
-from flowsolve.noise import STEP, Noise
+from flowsolve.noise import STEP, Noise, interval
 from flowsolve.paths import Discrete
 from flowsolve.problems import GaussianMixture
 from flowsolve.solvers import DDIM, DDPM, ExactSDE
@@ -68,9 +68,9 @@ def states(k: int, dims: int = 3, batch: int = 4) -> Tensor:
     return torch.randn(batch, dims, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
 
 
-def xi(step: int, like: Tensor, seed: int) -> Tensor:
-    """The noise that belongs to a step of a solve, by its address."""
-    return Noise.of(seed, len(like)).normal(STEP, step, like)
+def xi(k: int, like: Tensor, seed: int) -> Tensor:
+    """The noise that belongs to the step that starts at entry k, by its address."""
+    return Noise.of(seed, len(like)).normal(STEP, interval(time_of(k)), like)
 
 
 def time_of(k: int) -> float:
@@ -122,7 +122,7 @@ def test_ddpm_is_the_ancestral_update_at_every_index(net: Callable[..., Tensor])
         x = states(k)
         out = fs.sample(flow, start=x, interval=(time_of(k), time_of(k - 1)), solver=DDPM(), nfe=1, seed=k)
         torch.testing.assert_close(
-            out.x, ancestral(net, x, k, xi(0, x, k)), rtol=1e-12, atol=1e-12, msg=lambda m, k=k: f"k = {k}: {m}"
+            out.x, ancestral(net, x, k, xi(k, x, k)), rtol=1e-12, atol=1e-12, msg=lambda m, k=k: f"k = {k}: {m}"
         )
 
 
@@ -134,7 +134,7 @@ def test_ddim_is_equation_twelve(net: Callable[..., Tensor], eta: float, stride:
     for k in [*range(stride - 1, N, 29), stride - 1, N - 1]:
         k_next, x = k - stride, states(k)
         out = fs.sample(flow, start=x, interval=(time_of(k), time_of(k_next)), solver=DDIM(eta=eta), nfe=1, seed=k)
-        expected = implicit(net, x, k, k_next, eta, xi(0, x, k))
+        expected = implicit(net, x, k, k_next, eta, xi(k, x, k))
         torch.testing.assert_close(out.x, expected, rtol=1e-12, atol=1e-12, msg=lambda m, k=k: f"k = {k}: {m}")
 
 
@@ -149,8 +149,8 @@ def test_a_whole_run_visits_every_entry_and_gives_each_step_its_own_noise(solver
     start = states(0)
     out = fs.sample(flow_of(net), start=start, solver=solver, nfe=N, seed=5)
     x = start
-    for step, k in enumerate(range(N - 1, -1, -1)):
-        x = ancestral(NETWORKS["mlp"], x, k, xi(step, x, 5))
+    for k in range(N - 1, -1, -1):
+        x = ancestral(NETWORKS["mlp"], x, k, xi(k, x, 5))
     assert seen == list(range(N - 1, -1, -1))
     torch.testing.assert_close(out.x, x, rtol=1e-9, atol=1e-9)
 
@@ -160,8 +160,8 @@ def test_a_strided_run_is_equation_twelve(eta: float) -> None:
     start = states(1)
     out = fs.sample(flow_of(NETWORKS["mlp"]), start=start, solver=DDIM(eta=eta), nfe=50, seed=7)
     x = start
-    for step, k in enumerate(range(N - 1, -1, -20)):
-        x = implicit(NETWORKS["mlp"], x, k, k - 20, eta, xi(step, x, 7))
+    for k in range(N - 1, -1, -20):
+        x = implicit(NETWORKS["mlp"], x, k, k - 20, eta, xi(k, x, 7))
     torch.testing.assert_close(out.x, x, rtol=1e-10, atol=1e-10)
 
 
@@ -221,9 +221,9 @@ def test_ddim_is_that_of_diffusers(
     bar = prepare(scheduler)
     scheduler.set_timesteps(50)
     start = x = states(11)
-    for step, k in enumerate(scheduler.timesteps):
+    for k in scheduler.timesteps:
         eps = net(x, torch.full((len(x),), float(k)))
-        x = scheduler.step(eps, k, x, eta=eta, variance_noise=xi(step, x, 3) if eta else None).prev_sample
+        x = scheduler.step(eps, k, x, eta=eta, variance_noise=xi(int(k), x, 3) if eta else None).prev_sample
     out = fs.sample(flow_of(net, bar), start=start, solver=DDIM(eta=eta), nfe=50, seed=3)
     assert relative(out.x, x) < tolerance
 
@@ -243,14 +243,15 @@ def test_ddpm_is_that_of_diffusers(
     drawn: list[int] = []
 
     def randn(shape: Any, **_: Any) -> Tensor:
-        drawn.append(len(drawn))  # the step: nothing is drawn at the last only
-        return xi(drawn[-1], x, 4)
+        drawn.append(now)  # nothing is drawn at index 0
+        return xi(now, x, 4)
 
     monkeypatch.setattr(module, "randn_tensor", randn)
     for k in scheduler.timesteps:
+        now = int(k)
         eps = network(x, torch.full((len(x),), float(k)))
         x = scheduler.step(eps, k, x).prev_sample
-    assert drawn == list(range(steps - (steps == 1000))), "diffusers draws nothing at index 0"
+    assert drawn == [k for k in scheduler.timesteps.tolist() if k > 0]
     out = fs.sample(flow_of(network, bar), start=start, solver=DDPM(), nfe=steps, seed=4)
     assert relative(out.x, x) < tolerance
 

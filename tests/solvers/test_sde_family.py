@@ -31,6 +31,7 @@ from torch import Tensor
 
 import flowsolve as fs
 from flowsolve import grids
+from flowsolve.noise import interval as address
 from flowsolve.paths import VE, VP, CondOT, Path, Trig
 from flowsolve.problems import GaussianMixture
 from flowsolve.solvers import DDIM, DDPM, EstimateSolver, EulerMaruyama, ExactSDE, State
@@ -313,8 +314,8 @@ def test_a_wrong_amount_of_noise_would_be_noticed() -> None:
         def step(self, path: Path, state: State, t: float, t_next: float) -> Any:
             after = yield from super().step(path, state, t, t_next)
             assert state.noise is not None
-            extra = 0.15 * path.sigma(t_next) * state.noise.normal(1, state.step, after.x)
-            return State(after.x + extra, after.step, after.noise)
+            extra = 0.15 * path.sigma(t_next) * state.noise.normal(1, address(t), after.x)
+            return State(after.x + extra, after.noise)
 
     path = VP()
     times, t0, t1 = interval(path)
