@@ -7,8 +7,8 @@ $$ \text{RMSE} = \sqrt{\tfrac1{BD}\textstyle\sum\|x - x_{\text{ref}}\|^2} . $$
 On data with several modes a few samples on the border between two of them rule the RMSE, so the median over samples of
 the per-sample root mean square is recorded beside it.
 
-The reference is RK4 on a fine fixed grid: networks whose time enters by a sinusoidal embedding ripple in time with
-periods as short as 6 table entries, and only a grid that resolves them is converged. A second one with half the steps
+The reference is RK4 on a fine fixed grid: networks whose time enters by a sinusoidal embedding ripple a little in time,
+with periods down to 2π table entries, and only a grid that resolves them is converged. A second one with half the steps
 checks it: their distance bounds the reference's own error from above, and with it what the curves can resolve.
 """
 

@@ -24,12 +24,12 @@ def demo(
     with console.status("loading") as status:
         found = demonstrate(out, images=images, samples=samples, seed=seed, say=status.update)
     table = table_module.Table(title="Two UNets on 8×8 digits")
-    for column in ("checkpoint", "bits/dim held out", "NFE", "RMSE at NFE 8 / 16 / 32 / 64 (RK4)"):
+    for column in ("checkpoint", "bits/dim held out", "its NFE", "RMSE of RK4 at NFE 8, 16, 32, 64"):
         table.add_column(column)
     for d in found:
         assert d.nll is not None
         rk4 = next(c for c in d.curves if c.name == "RK4")
-        errors = " / ".join(f"{r:.0e}" for n, r in zip(rk4.nfe, rk4.rmse, strict=True) if n >= 8)
+        errors = "  ".join(f"{r:.4f}" for n, r in zip(rk4.nfe, rk4.rmse, strict=True) if n >= 8)
         bits = f"{d.nll.mean:.3f} ± {d.nll.stderr:.3f}"
         table.add_row(d.name, bits, f"{float(d.nll.nfe.double().mean()):.0f}", errors)
     console.print(table)
