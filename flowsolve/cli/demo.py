@@ -24,7 +24,7 @@ def demo(
     with console.status("loading") as status:
         found = demonstrate(out, images=images, samples=samples, seed=seed, say=status.update)
     table = table_module.Table(title="Two UNets on 8×8 digits")
-    for column in ("checkpoint", "bits/dim held out", "its NFE", "RMSE of RK4 at NFE 8, 16, 32, 64"):
+    for column in ("checkpoint", "bits/dim held out", "its NFE", "RMSE of RK4 at 8, 16, 32, 64"):
         table.add_column(column)
     for d in found:
         assert d.nll is not None
