@@ -18,7 +18,7 @@ from typing import Any
 from flowsolve import grids
 from flowsolve.charts import Chart
 from flowsolve.flow import Flow
-from flowsolve.grids import Grid
+from flowsolve.grids import Grid, Spacing
 from flowsolve.paths import Path
 from flowsolve.solvers.base import Solver
 
@@ -43,48 +43,60 @@ def plan(
     start, end = interval
     if end < start and solver.random:
         raise ValueError(f"{solver!r} draws noise and has no way back from data to noise; use eta=0 or an ODE solver")
-    edge = flow.path.window[1]
-    spacing = grids.resolve("uniform" if grid is None else grid)
-    if isinstance(spacing, list):
-        if spacing[:1] + spacing[-1:] != [start, end]:
-            raise ValueError(
-                f"the times given run from {spacing[0]!r} to {spacing[-1]!r}, the interval from {start!r} to {end!r}; "
-                "give interval= the same ends"
-                if spacing
-                else "grid= is empty; expected at least 2 times"
-            )
-        counts = [solver.evaluations] * (len(spacing) - 1)
-        closing = solver.evaluations > 1 and spacing[-1] > edge
-        if closing:
-            counts[-1] = 1
-        steps = Grid(tuple(spacing), tuple(counts), closing)
-        if nfe is not None and nfe != steps.nfe:
-            raise ValueError(
-                f"the budget is {nfe} estimates, but {solver!r} spends {steps.nfe} on the {steps.steps} steps given; "
-                "drop nfe= or grid="
-            )
+    times = grids.resolve("uniform" if grid is None else grid)
+    if isinstance(times, list):
+        steps = _given(solver, flow.path, interval, times, nfe)
     else:
-        if nfe is None:
-            raise ValueError(f"{type(solver).__name__} steps on a fixed grid: give nfe=… or explicit times as grid=…")
-        counts = solver.schedule(nfe)
-        times = share(spacing.times(flow.path, start, end, nfe), counts)
-        closing = start < edge < end and (solver.evaluations > 1 or times[-2] > edge)
-        if closing:
-            if nfe < 2:
-                raise ValueError(
-                    f"nfe = {nfe}; expected at least 2 with {type(solver).__name__} on {flow.path!r}: one estimate is "
-                    f"for the closing step from the window's edge t = {edge:g}"
-                )
-            counts = solver.schedule(nfe - 1)
-            times, counts = [*share(spacing.times(flow.path, start, edge, nfe - 1), counts), end], [*counts, 1]
-        steps = Grid(tuple(times), tuple(counts), closing)
-    body = steps.intervals[: steps.steps - closing]
+        steps = _spaced(solver, flow.path, interval, times, nfe)
+    body = steps.intervals[: steps.steps - steps.closing]
     asked = {t for t, _, _ in steps.intervals} | {after for _, after, n in body if solver.asks_at_end(n)}
-    for t in steps.times[: len(steps.times) - closing]:
+    for t in steps.times[: len(steps.times) - steps.closing]:
         if t in asked:
             within(flow.path, t)
         solver.require(flow, chart, t, asks=t in asked)
     return steps
+
+
+def _given(solver: Solver, path: Path, interval: tuple[float, float], times: list[float], nfe: int | None) -> Grid:
+    """The grid of explicit times."""
+    if not times:
+        raise ValueError("grid= is empty; expected at least 2 times")
+    if (times[0], times[-1]) != tuple(interval):
+        raise ValueError(
+            f"the times given run from {times[0]!r} to {times[-1]!r}, the interval from {interval[0]!r} to "
+            f"{interval[1]!r}; give interval= the same ends"
+        )
+    counts = [solver.evaluations] * (len(times) - 1)
+    closing = solver.evaluations > 1 and times[-1] > path.window[1]
+    if closing:
+        counts[-1] = 1
+    steps = Grid(tuple(times), tuple(counts), closing)
+    if nfe not in (None, steps.nfe):
+        raise ValueError(
+            f"the budget is {nfe} estimates, but {solver!r} spends {steps.nfe} on the {steps.steps} steps given; "
+            "drop nfe= or grid="
+        )
+    return steps
+
+
+def _spaced(solver: Solver, path: Path, interval: tuple[float, float], spacing: Spacing, nfe: int | None) -> Grid:
+    """The grid on which a spacing lays out a budget."""
+    start, end = interval
+    edge = path.window[1]
+    if nfe is None:
+        raise ValueError(f"{type(solver).__name__} steps on a fixed grid: give nfe=… or explicit times as grid=…")
+    counts = solver.schedule(nfe)
+    times = share(spacing.times(path, start, end, nfe), counts)
+    if not (start < edge < end and (solver.evaluations > 1 or times[-2] > edge)):
+        return Grid(tuple(times), tuple(counts))
+    if nfe < 2:
+        raise ValueError(
+            f"nfe = {nfe}; expected at least 2 with {type(solver).__name__} on {path!r}: one estimate is for the "
+            f"closing step from the window's edge t = {edge:g}"
+        )
+    counts = solver.schedule(nfe - 1)
+    times = share(spacing.times(path, start, edge, nfe - 1), counts)
+    return Grid((*times, end), (*counts, 1), closing=True)
 
 
 def within(path: Path, t: float) -> None:
