@@ -32,14 +32,14 @@ from flowsolve import charts
 from flowsolve._arguments import check_flow, check_grid, check_solver, size_of, state
 from flowsolve._batch import per_sample, rows, select
 from flowsolve.charts import Chart
-from flowsolve.drivers import march, pursue
+from flowsolve.drivers import Ask, march, pursue
 from flowsolve.flow import Flow
 from flowsolve.likelihood import trace as traces
 from flowsolve.noise import Noise
 from flowsolve.planning import estimates, plan
 from flowsolve.solution import Solution
 from flowsolve.solvers.adaptive import Adaptive
-from flowsolve.solvers.base import Query, Solver, State
+from flowsolve.solvers.base import Query, Solver, State, scaled
 from flowsolve.solvers.runge_kutta import RungeKutta
 
 __all__ = ["LogProb", "log_prob"]
@@ -144,27 +144,7 @@ def log_prob(
     count, size = x.shape[0], size_of(x)
     noise = Noise.for_batch(seed, count, samples)
     estimator = traces.resolve(trace, probes, x.detach(), noise)
-    shared = dict(cond or {})
-
-    def answer(query: Query, index: Tensor | None) -> Tensor:
-        t = ruler.time(path, query.t)
-        c = ruler.scale(path.at(t))
-        with torch.enable_grad():
-            y = query.x[:, :size].reshape(-1, *x.shape[1:])
-            here = per_sample(c, y) * y
-            here = here if graph else here.detach()
-            here = here if here.requires_grad else here.requires_grad_()
-            estimate = flow.estimate(here, t, **select(shared, count, index))
-            row = ruler.row(estimate.point, query.t)
-            k_x, k_o = estimate.coefficients(*row)
-            jacobian = estimator(estimate.output, here, index, graph)
-            slope = estimate.combine(*row)
-            divergence = per_sample(c, jacobian) * (
-                per_sample(k_x, jacobian) * size + per_sample(k_o, jacobian) * jacobian
-            )
-            out = torch.cat((rows(slope), divergence), 1)
-        return out if graph else out.detach()
-
+    answer = _joint_field(flow, ruler, estimator, x.shape, cond or {}, graph)
     first = rows(x) / ruler.scale(path.at(start))
     joint = torch.cat((first, first.new_zeros(count, estimator.count)), 1)
     s_start, s_end = ruler.clock(path, start), ruler.clock(path, end)
@@ -195,9 +175,36 @@ def log_prob(
     if throw:
         solution.raise_on_failure()
     value = torch.where(solution.ok.to(value.device), value, float("nan"))
-    spread = logdets.detach().std(1) / math.sqrt(estimator.count) if estimator.count > 1 else value.detach() * math.nan
-    stderr = torch.zeros_like(spread) if isinstance(estimator, traces.Exact) else spread
-    return LogProb(value, stderr, solution.nfe, latent, solution)
+    return LogProb(value, estimator.stderr(logdets.detach()), solution.nfe, latent, solution)
+
+
+def _joint_field(
+    flow: Flow, chart: Chart, estimator: traces.Trace, shape: Sequence[int], cond: Mapping[str, Any], graph: bool
+) -> Ask:
+    """The right-hand side of the joint state: dy/ds beside the divergence, once a probe, from one network call.
+
+    Args:
+        shape: shape (B, *S) of x; the joint state has shape (B, D + probes).
+        graph: keep the graph of the result.
+    """
+    path, size = flow.path, math.prod(shape[1:])
+
+    def answer(query: Query, index: Tensor | None) -> Tensor:
+        t = chart.time(path, query.t)
+        c = chart.scale(path.at(t))
+        with torch.enable_grad():
+            x = scaled(c, query.x[:, :size].reshape(-1, *shape[1:]))
+            x = x if graph else x.detach()
+            x = x if x.requires_grad else x.requires_grad_()
+            estimate = flow.estimate(x, t, **select(cond, shape[0], index))
+            row = chart.row(estimate.point, query.t)
+            k_x, k_o = (per_sample(k, query.x) for k in estimate.coefficients(*row))
+            trace = estimator(estimate.output, x, index, graph)
+            divergence = per_sample(c, query.x) * (k_x * size + k_o * trace)
+            out = torch.cat((rows(estimate.combine(*row)), divergence), 1)
+        return out if graph else out.detach()
+
+    return answer
 
 
 def normal_log_prob(x: Tensor, std: float) -> Tensor:

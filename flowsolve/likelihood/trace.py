@@ -34,6 +34,12 @@ class Trace:
         """(B, count) estimates from an output's graph; index are the samples' positions, graph keeps derivatives."""
         raise NotImplementedError
 
+    def stderr(self, totals: Tensor) -> Tensor:
+        """Standard error of the mean of (B, count) estimates: NaN for a single one, which cannot tell."""
+        if self.count == 1:
+            return torch.full_like(totals[:, 0], math.nan)
+        return totals.std(1) / math.sqrt(self.count)
+
 
 class Exact(Trace):
     """The sum of the diagonal, by one product for each of the D numbers of a sample."""
@@ -48,6 +54,10 @@ class Exact(Trace):
             rows(vector)[:, i] = 1.0
             total = total + rows(_product(output, x, vector, graph))[:, i]
         return total.unsqueeze(1)
+
+    def stderr(self, totals: Tensor) -> Tensor:
+        """None: 0."""
+        return torch.zeros_like(totals[:, 0])
 
 
 @dataclass(frozen=True)
