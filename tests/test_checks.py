@@ -100,3 +100,14 @@ def test_data_in_other_units_are_named_before_any_convention_is_blamed():
 def test_a_network_that_fails_as_declared_says_why():
     with pytest.raises(ValueError, match="the network returned shape"):
         fs.Flow(lambda x, t: x[:, :1], paths.CondOT()).check(DATA)
+
+
+@pytest.mark.parametrize("name", fs.adapters.BUNDLED)
+def test_the_bundled_checkpoints_are_what_their_files_declare(name):
+    flow = fs.adapters.load(fs.adapters.bundled(name))
+    images = fs.problems.digits.load("held_out").images[:32]
+    data = fs.problems.digits.dequantize(images, torch.Generator().manual_seed(0))
+    report = flow.check(data)
+    assert report.ok, report.message
+    wrong = fs.Flow(flow.net, flow.path, "velocity", time=flow.clock).check(data)
+    assert not wrong.ok

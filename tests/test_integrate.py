@@ -118,3 +118,12 @@ def test_devices_agree(device):
     options = {"solver": solvers.Dopri5(1e-5, 1e-5), "probes": 2}
     a, b = (fs.log_prob(FLOW, x.to(d), **options) for d in ("cpu", device))
     assert (a.log_prob - b.log_prob.cpu()).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "end"), [({"solver": solvers.Heun(), "nfe": 8}, "4/4"), ({"solver": solvers.Dopri5()}, "5/5")]
+)
+def test_progress_ends_where_the_solve_does(options, end, capfd):
+    """Steps of a fixed grid, samples of an adaptive solve."""
+    fs.sample(FLOW, (5, 2), progress=True, **options)
+    assert end in capfd.readouterr().err
