@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from flowsolve._optional import require
 from flowsolve.training.ema import EMA
 
 __all__ = ["Trainer"]
@@ -78,6 +79,10 @@ class Trainer:
                 f"steps = {steps}, log_every = {log_every}, warmup = {warmup}, lr = {lr}; "
                 "expected steps and log_every >= 1, warmup >= 0 and lr > 0"
             )
+        self.settings = {
+            "steps": steps, "lr": lr, "warmup": warmup, "final_lr": final_lr, "weight_decay": weight_decay,
+            "betas": tuple(betas), "clip": clip, "ema_decay": ema_decay, "seed": seed, "log_every": log_every,
+        }  # fmt: skip
         self.module = module
         self.loss = loss
         self.steps = steps
@@ -179,16 +184,13 @@ class Trainer:
             )
 
     def _bar(self, last: int) -> Any:
-        from flowsolve._optional import require
-
         return require("tqdm", "cli", "a progress bar").tqdm(total=last, initial=self.step, unit="step")
 
     def state_dict(self) -> dict[str, Any]:
         """The full state: tensors, numbers and strings only."""
         return {
             "step": self.step,
-            "steps": self.steps,
-            "seed": self.seed,
+            "settings": self.settings,
             "losses": list(self.losses),
             "sum": self._sum,
             "module": self.module.state_dict(),
@@ -200,11 +202,11 @@ class Trainer:
         """Continue from a `state_dict` of the same run.
 
         Raises:
-            ValueError: the state is of a run with another length or seed.
+            ValueError: the state is of a run with other settings.
         """
-        for name in ("steps", "seed"):
-            if state[name] != getattr(self, name):
-                raise ValueError(f"the state has {name} = {state[name]}, this run has {getattr(self, name)}")
+        for name, value in self.settings.items():
+            if state["settings"][name] != value:
+                raise ValueError(f"the state has {name} = {state['settings'][name]}, this run has {value}")
         self.module.load_state_dict(state["module"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
