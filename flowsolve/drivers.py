@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,8 +27,13 @@ from flowsolve.solvers.base import Query, State, Stepper, run
 
 __all__ = ["Ask", "march", "pursue"]
 
-Ask = Callable[[Query, Tensor | None], Any]
-"""Answers a query for the samples at some positions of the batch (None: all of them)."""
+
+class Ask(Protocol):
+    """Answers a query for the samples at some positions of the batch (None: all of them)."""
+
+    def __call__(self, query: Query, index: Tensor | None) -> Any:
+        """The answer that the step expects: a slope, or an estimate."""
+        ...
 
 
 def march(
@@ -140,7 +146,7 @@ def _reach(
                 return whole
             batch, index = batch.select(left), index[left]
             positions = index
-        batch = run(translate(solver.attempt(batch, stop)), lambda query: ask(query, positions))  # noqa: B023
+        batch = run(translate(solver.attempt(batch, stop)), partial(ask, index=positions))
 
 
 @contextmanager

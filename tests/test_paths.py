@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowsolve.paths import EDM, VE, VP, CondOT, Cosine, Discrete, Path, Point, SubVP, Trig
+from tests import cases
 
 mp.mp.dps = 40
 EPS = 2.0**-52
@@ -29,17 +30,9 @@ def zero_terminal_snr(steps: int = 1000) -> list[float]:
 
 
 PATHS: dict[str, Path] = {
-    "CondOT": CondOT(),
-    "CondOT-sigma_min": CondOT(sigma_min=1e-3),
-    "VP": VP(),
-    "SubVP": SubVP(),
-    "VE": VE(),
-    "Cosine": Cosine(),
-    "Trig": Trig(),
-    "EDM": EDM(),
+    **cases.PATHS,
     "EDM-rho-3": EDM(sigma_min=0.01, sigma_max=20.0, rho=3.0),
-    "Discrete": Discrete.linear(),
-    "Discrete-zero-terminal": Discrete(zero_terminal_snr()),
+    "Discrete-zero-terminal": Discrete(zero_terminal_snr()),  # long tables here, where every entry is looked at
     "Discrete-not-clean": Discrete.linear(clean=False),
 }
 TABLES = {name: path for name, path in PATHS.items() if isinstance(path, Discrete)}

@@ -71,16 +71,18 @@ def test_float32_reaches_its_own_accuracy():
 
 @pytest.mark.parametrize("solver", [solvers.RK4(), solvers.Heun(), solvers.Midpoint(), solvers.Dopri5(adaptive=False)])
 def test_fixed_steps_converge_to_it_at_their_order(solver):
+    """Within ±0.2 of the order from 64 to 128 steps; Dopri5, still faster than its order there, at least at it."""
     x = PLANE.sample(5, seed=3)
     flow = PLANE.flow(paths.CondOT())
     truth = PLANE.log_prob(x)
     errors = []
-    steps = (64, 128) if solver.tableau.order < 4 else (32, 64)
-    for n in steps:
+    for n in (64, 128):
         out = fs.log_prob(flow, x, solver=solver, nfe=n * solver.evaluations, trace="exact")
         assert out.nfe.tolist() == [n * solver.evaluations] * 5
         errors.append((out.log_prob - truth).square().mean().sqrt())
-    assert math.log2(errors[0] / errors[1]) > solver.tableau.order - 0.3
+    order = math.log2(errors[0] / errors[1])
+    assert order > solver.tableau.order - 0.2
+    assert order < solver.tableau.order + 0.2 or solver.tableau.order == 5
 
 
 def test_hutchinson_is_unbiased_within_its_reported_error():

@@ -133,14 +133,14 @@ def test_shorter_first_steps_keep_their_own_order() -> None:
 
 @pytest.mark.parametrize("rest", [0, 1, 2, 3])
 def test_a_budget_that_is_no_multiple_keeps_the_order(rest: int) -> None:
-    """RK4 with 48 + rest and 96 + rest evaluations: the error still falls by 2⁴, within the asymptotic ±0.4."""
+    """RK4 with 48 + rest and 96 + rest evaluations: the error still falls at order 4."""
     solver, y0 = RK4(), torch.ones(1, 1, dtype=torch.float64)
 
     def error(nfe: int) -> float:
         return abs(float(fs.solve(lambda t, y: -y, y0, 0.0, 2.0, solver=solver, nfe=nfe).x) - math.exp(-2.0))
 
     few, many = 48 + rest, 96 + rest
-    assert math.log(error(few) / error(many)) / math.log(many / few) == pytest.approx(4.0, abs=0.4)
+    assert math.log(error(few) / error(many)) / math.log(many / few) == pytest.approx(4.0, abs=0.2)
 
 
 def test_nodes_are_where_they_are_said_to_be() -> None:
