@@ -3,8 +3,9 @@
 from flowsolve import adapters, charts, grids, paths, predictions, problems, solvers, training
 from flowsolve._version import __version__
 from flowsolve.flow import Flow
-from flowsolve.integrate import encode, sample, solve
+from flowsolve.integrate import encode, sample
 from flowsolve.likelihood import bits_per_dim, log_prob
+from flowsolve.ode import solve
 from flowsolve.predictions import Estimate, Prediction, Row
 from flowsolve.solution import Solution, SolverError
 from flowsolve.solvers import Status

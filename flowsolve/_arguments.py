@@ -11,9 +11,21 @@ from torch import Tensor, nn
 
 from flowsolve._batch import state_dtype
 from flowsolve.flow import Flow
-from flowsolve.solvers.base import Solver
+from flowsolve.gradients import MODES
+from flowsolve.solvers.base import Foreign, Solver
+from flowsolve.solvers.runge_kutta import RungeKutta
 
-__all__ = ["check_flow", "check_grid", "check_interval", "check_solver", "device_of", "shape_of", "size_of", "state"]
+__all__ = [
+    "check_flow",
+    "check_gradient",
+    "check_grid",
+    "check_interval",
+    "check_solver",
+    "device_of",
+    "shape_of",
+    "size_of",
+    "state",
+]
 
 MODAL = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
 """Layers that do something else in training mode: draw at random, or mix the samples of a batch."""
@@ -54,6 +66,19 @@ def check_grid(grid: Any, solver: Solver) -> None:
     """Raise TypeError if a grid is given to a solver that chooses its own steps."""
     if grid is not None:
         raise TypeError(f"{type(solver).__name__} chooses its own steps; drop grid={grid!r}, or set adaptive=False")
+
+
+def check_gradient(gradient: str, solver: Solver) -> None:
+    """Raise unless gradient names a way to differentiate a solve, and the solver has it."""
+    if gradient not in MODES:
+        raise ValueError(f"gradient = {gradient!r} is not known; expected one of {', '.join(MODES)}")
+    if gradient != "direct" and isinstance(solver, Foreign):
+        raise TypeError(f"{solver!r} runs a loop of its own; drop gradient={gradient!r} (its own options may have one)")
+    if gradient == "adjoint" and not isinstance(solver, RungeKutta):
+        raise TypeError(
+            f"{type(solver).__name__} has no adjoint ODE; use a Runge–Kutta solver (Euler in the straight chart is "
+            "DDIM), or gradient='checkpoint'"
+        )
 
 
 def shape_of(shape: Any) -> tuple[int, ...]:

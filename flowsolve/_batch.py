@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-__all__ = ["choose", "linear", "per_sample", "rows", "saturating_log", "select", "state_dtype"]
+__all__ = ["Context", "choose", "linear", "per_sample", "rows", "saturating_log", "state_dtype", "take"]
 
 TINY = 2.2250738585072014e-308  # the smallest normal float64; log-SNRs saturate at ±log(TINY) = ±708.4
 
@@ -59,16 +61,41 @@ def state_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def select(cond: Mapping[str, Any], count: int, index: Tensor | None) -> dict[str, Any]:
-    """The conditioning of some samples: tensors with one row a sample are cut, also within containers."""
-    if index is None:
-        return dict(cond)
+def take(x: Tensor, index: NDArray[np.int64]) -> Tensor:
+    """Some rows of x, by position."""
+    return x.index_select(0, torch.from_numpy(index).to(x.device))
 
-    def cut(v: Any) -> Any:
-        if isinstance(v, Tensor):
-            return v.index_select(0, index.to(v.device)) if v.ndim and v.shape[0] == count else v
-        if isinstance(v, Mapping):
-            return {k: cut(item) for k, item in v.items()}
-        return type(v)(cut(item) for item in v) if type(v) in (list, tuple) else v
 
-    return {k: cut(v) for k, v in cond.items()}
+class Context:
+    """What belongs to the samples of a batch beside their state: tensors with one row a sample, anywhere in a tree.
+
+    Which leaves those are is settled once, when the batch is made: tensors whose first dimension is the batch's.
+
+    Attributes:
+        tree: mappings, sequences and leaves, as they were given.
+    """
+
+    def __init__(self, tree: Any, count: int) -> None:
+        self._leaves, self._spec = tree_flatten(tree)
+        self._own = [isinstance(v, Tensor) and v.ndim > 0 and v.shape[0] == count for v in self._leaves]
+        self.tree = tree
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether gradients would flow to any of it."""
+        return any(isinstance(v, Tensor) and v.requires_grad for v in self._leaves)
+
+    def select(self, index: NDArray[np.int64]) -> Context:
+        """The context of some samples, by position."""
+        return self._with([take(v, index) if own else v for v, own in zip(self._leaves, self._own, strict=True)])
+
+    def joined(self, other: Context) -> Context:
+        """The context of this batch's samples and then the other's; what is no sample's own is this batch's."""
+        pairs = zip(self._leaves, other._leaves, self._own, strict=True)
+        return self._with([torch.cat((a, b)) if own else a for a, b, own in pairs])
+
+    def _with(self, leaves: list[Any]) -> Context:
+        new = object.__new__(Context)
+        new._leaves, new._spec, new._own = leaves, self._spec, self._own
+        new.tree = tree_unflatten(leaves, self._spec)
+        return new

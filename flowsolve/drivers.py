@@ -1,38 +1,61 @@
-r"""The direct drivers: they run the steps of a solver and answer its queries by a function.
+r"""The drivers: they run the steps of a solver and answer its queries by a function.
 
 A driver counts every evaluation, notices values that are not finite, keeps a failed sample from disturbing the others,
 and shows progress.
 
 * `march` goes through a fixed grid. It reads nothing back from the device before the end: one number a sample and step
-  is set aside there, and tells where a sample stopped being finite.
+  (at most 64 steps of a solve) is set aside there, and tells where a sample stopped being finite.
 * `pursue` runs an adaptive solver. Samples leave the batch as they finish, so that none is evaluated longer than it
-  needs.
+  needs, and waiting ones take their places: the two evaluations that choose a newcomer's first step ride along with the
+  first two of the others' next attempt, so the network sees one nearly full batch and no small ones.
+
+With `segments`, gradients of n steps need the memory of O(√n): the graph of a segment is thrown away and made again
+when it is needed (`torch.utils.checkpoint`). Adaptive segments grow by one attempt each, so that n need not be known,
+and a repeated attempt is decided by the errors noted the first time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+import math
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from flowsolve._batch import rows
+from flowsolve._batch import Context, take
 from flowsolve._optional import require
+from flowsolve.kernels import control, largest
 from flowsolve.solution import Solution
-from flowsolve.solvers.adaptive import Adaptive, AdaptiveState, Status
+from flowsolve.solvers.adaptive import Adaptive, AdaptiveState, Attempt, Status
 from flowsolve.solvers.base import Query, State, Stepper, run
+from flowsolve.solvers.runge_kutta import RungeKutta, look
 
-__all__ = ["Ask", "march", "pursue"]
+__all__ = ["Arrivals", "Ask", "Finished", "collect", "march", "pursue", "resident"]
+
+CHECKS = 64
+Count = NDArray[np.int64]
+Watch = Mapping[int, Sequence[float]]
+Look = tuple[Count, Count, Tensor]
+RUNNING = control.RUNNING
 
 
 class Ask(Protocol):
-    """Answers a query for the samples at some positions of the batch (None: all of them)."""
+    """Answers a query."""
 
-    def __call__(self, query: Query, index: Tensor | None) -> Any:
-        """The answer that the step expects: a slope, or an estimate."""
+    def __call__(self, query: Query, context: Any) -> Any:
+        """The answer that the step expects: a slope, or for `march` with a solver of estimates an estimate.
+
+        Args:
+            query: the query.
+            context: what belongs to its samples (`Context.tree`).
+        """
         ...
 
 
@@ -41,63 +64,151 @@ def march(
     state: State,
     intervals: Sequence[tuple[float, float, int]],
     ask: Ask,
+    context: Any,
     *,
     start: float,
-    keep: Collection[int] = (),
+    watch: Watch | None = None,
+    solver: RungeKutta | None = None,
+    segments: bool = False,
     progress: bool = False,
 ) -> tuple[list[Tensor], Solution]:
     """Step from start through the intervals (t, t_next, evaluations) of a fixed grid.
 
+    Args:
+        watch: for some intervals by number, the times within (t, t_next] to look at.
+        solver: whose interpolants serve for that.
+        segments: throw away and remake the graph of √n steps at a time.
+
     Returns:
-        The states at the nodes numbered in `keep`, and the solution at the last node.
+        The states at the times watched, in order, and the solution at the last node.
     """
-    count, calls = state.x.shape[0], 0
+    count, steps = state.x.shape[0], len(intervals)
+    every = -(-steps // CHECKS) if steps else 1
+    calls, seen, magnitudes, checked = 0, [], [], []
+    counting = True
 
     def answer(query: Query) -> Any:
         nonlocal calls
-        calls += 1
-        return ask(query, None)
+        calls += counting
+        return ask(query, context)
 
-    kept = [state.x] if 0 in keep else []
-    largest: list[Tensor] = []  # of each sample, NaN if there is one: a reduction a step, read at the end
-    with _bar(progress, len(intervals), "step") as bar:
-        for i, interval in enumerate(intervals):
-            state = run(step(state, *interval), answer)
-            largest.append(torch.linalg.vector_norm(rows(state.x.detach()), torch.inf, dim=1))
-            if i + 1 in keep:
-                kept.append(state.x)
-            bar(1)
+    def through(x: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
+        """From the state at one node to the state at another, with what was looked at on the way."""
+        now, looks = replace(state, x=x), []
+        for i in range(first, last):
+            t, t_next, evaluations = intervals[i]
+            if watch is not None and i in watch and solver is not None:
+                stride = run(solver.stride(now.x, t, t_next, evaluations), answer)
+                now = now.advance(stride.ahead)
+                for stop in watch[i]:
+                    inside = stop != t_next
+                    looks.append(run(look(stride, None, (stop - t) / (t_next - t)), answer) if inside else now.x)
+            else:
+                now = run(step(now, t, t_next, evaluations), answer)
+            if counting and ((i + 1) % every == 0 or i + 1 == steps):
+                magnitudes.append(largest(now.x.detach()))
+                checked.append(t_next)
+            if counting:
+                bar(1)
+        return now.x, *looks
+
+    x, length = state.x, max(1, math.isqrt(steps)) if segments else max(1, steps)
+    with _bar(progress, steps, "step") as bar:
+        for first in range(0, steps, length):
+            last = min(steps, first + length)
+            counting = True
+            if segments:
+                x, *looks = checkpoint(through, x, first, last, use_reentrant=False)
+            else:
+                x, *looks = through(x, first, last)
+            seen += looks
+        counting = False  # from here on only gradients may call
 
     whole = torch.zeros(count, dtype=torch.int64)
     t, status = torch.full((count,), start, dtype=torch.float64), whole + Status.SUCCESS
-    if intervals:
-        bad = ~torch.isfinite(torch.stack(largest)).cpu()
-        ends = torch.tensor([end for _, end, _ in intervals], dtype=torch.float64)
+    if steps:
+        bad = ~torch.isfinite(torch.stack(magnitudes)).cpu()
+        ends = torch.tensor(checked, dtype=torch.float64)
         failed = bad.any(0)
         t = torch.where(failed, ends[bad.int().argmax(0)], ends[-1])
         status = torch.where(failed, int(Status.NONFINITE), status)
-    return kept, Solution(state.x, whole + calls, status, whole + len(intervals), whole, t)
+    return seen, Solution(x, whole + calls, status, whole + steps, whole, t)
+
+
+class Finished(NamedTuple):
+    """Samples that have left, and what was looked at since the last ones did.
+
+    Attributes:
+        ids: their numbers, in the order of arrival.
+        y: their last states, shape (n, *S).
+        s: the times they reached.
+        counts: accepted and rejected steps, rejections in a row, evaluations and status (`AdaptiveState.counts`).
+        looks: (positions in `stops`, ids, states) of interior stops passed.
+    """
+
+    ids: Count
+    y: Tensor
+    s: NDArray[np.float64]
+    counts: Count
+    looks: list[Look]
+
+
+Arrivals = Callable[[int], tuple[Tensor, Context] | None]
+"""Up to n waiting samples, their states and context; None when there are no more."""
+
+
+def resident(y: Tensor, context: Context) -> Arrivals:
+    """Arrivals for a batch that is there as a whole."""
+    waiting = iter([(y, context)])
+    return lambda n: next(waiting, None)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Samples under way: their state, context, numbers, and how many stops each has passed."""
+
+    state: AdaptiveState
+    context: Context
+    ids: Count
+    passed: Count
+
+    def select(self, index: Count) -> _Batch:
+        return _Batch(self.state.select(index), self.context.select(index), self.ids[index], self.passed[index])
+
+    def joined(self, other: _Batch) -> _Batch:
+        return _Batch(
+            self.state.joined(other.state),
+            self.context.joined(other.context),
+            np.concatenate((self.ids, other.ids)),
+            np.concatenate((self.passed, other.passed)),
+        )
 
 
 def pursue(
     solver: Adaptive,
-    y: Tensor,
+    arrivals: Arrivals,
     start: float,
-    stops: Sequence[float],
+    end: float,
     ask: Ask,
     *,
-    translate: Callable[[Any], Any] = lambda inner: inner,
+    width: int,
+    stops: Sequence[float] = (),
     budget: int | None = None,
+    segments: bool = False,
+    watcher: Callable[[Attempt, Context], None] | None = None,
     progress: bool = False,
-) -> tuple[list[Tensor], Solution]:
-    """Run an adaptive solver from start through every stop, each sample with its own steps.
+    total: int | None = None,
+) -> Iterator[Finished]:
+    """Run an adaptive solver from start to end, each sample with its own steps, and yield samples as they finish.
 
     Args:
-        translate: turns the solver's generators into those whose queries `ask` answers (a chart).
+        arrivals: where samples come from.
+        width: the most samples that are under way at a time.
+        stops: times between start and end to look at, in order.
         budget: the most evaluations a sample may cost.
-
-    Returns:
-        The states at the stops, and the solution at the last; its times are the solver's clock.
+        segments: throw away and remake the graph of O(√n) attempts at a time; for a resident batch.
+        watcher: is shown every attempt.
+        total: the number of samples to come, for the progress bar.
 
     Raises:
         ValueError: a budget that does not suffice for one step.
@@ -105,55 +216,223 @@ def pursue(
     least = solver.begin_nfe + solver.attempt_nfe
     if budget is not None and budget < least:
         raise ValueError(f"a budget of {budget} evaluations; {type(solver).__name__} needs {least} to take one step")
-    count = y.shape[0]
-    if count == 0 or start == stops[-1]:
-        whole = torch.zeros(count, dtype=torch.int64)
-        t = torch.full((count,), start, dtype=torch.float64)
-        return [y] * len(stops), Solution(y, whole, whole + Status.SUCCESS, whole, whole, t)
-    kept: list[Tensor] = []
-    with _bar(progress, count * len(stops), "sample") as bar:
-        state = run(translate(solver.begin(y, start, stops[-1])), lambda query: ask(query, None))
-        for stop in stops:
-            state = state.mark((state.status == Status.SUCCESS) & (state.s != stop), Status.RUNNING)
-            state = state.mark((state.status == Status.RUNNING) & (state.s == stop), Status.SUCCESS)
-            state = _reach(solver, state, stop, translate, ask, budget, bar)
-            kept.append(state.y)
-    return kept, Solution(state.y, state.nfe, state.status, state.accepted, state.rejected, state.s)
+    marks = np.asarray(stops, dtype=np.float64)
+    sign = 1.0 if end >= start else -1.0
+    batch: _Batch | None = None
+    entered, finished, spent = 0, 0, 0
+    exhausted, length = False, 1
 
+    def attempted(
+        batch: _Batch, errors: NDArray[np.float64] | None, fresh: Any
+    ) -> tuple[Attempt, AdaptiveState | None]:
+        """The next attempt of a batch, with the beginning of what has arrived."""
+        if fresh is None:
+            return _answered(solver.attempt(batch.state, end, errors), batch.context, ask), None
+        attempt, begun = _convoy(
+            [
+                (solver.attempt(batch.state, end, errors), batch.context),
+                (solver.begin(fresh[0], start, end), fresh[1]),
+            ],
+            ask,
+        )
+        return attempt, begun
 
-def _reach(
-    solver: Adaptive,
-    whole: AdaptiveState,
-    stop: float,
-    translate: Callable[[Any], Any],
-    ask: Ask,
-    budget: int | None,
-    bar: Callable[[int], Any],
-) -> AdaptiveState:
-    """Attempt steps until every sample has reached the stop or failed; those that have are no longer evaluated."""
-    batch, index = whole, torch.arange(whole.status.shape[0])
-    positions: Tensor | None = None
-    while True:
+    def settled(batch: _Batch, attempt: Attempt) -> tuple[_Batch, list[Look], bool]:
+        """The batch after an attempt, what it passed, and whether some samples have ended."""
+        state, passed, ended = attempt.state, batch.passed, attempt.ended > 0
+        looks: list[Look] = []
+        if len(marks):
+            passed = np.searchsorted(sign * marks, sign * state.s, side="right")
+            state, looks = _looked(batch, attempt, passed, marks, ask)
         if budget is not None:
-            spent = (batch.status == Status.RUNNING) & (batch.nfe + solver.attempt_nfe > budget)
-            batch = batch.mark(spent, Status.BUDGET)
-        running = batch.status == Status.RUNNING
-        if not bool(running.all()):
-            bar(int((~running).sum()))
-            whole = batch if positions is None else whole.put(index, batch)
-            left = torch.nonzero(running).flatten()
-            if not len(left):
-                return whole
-            batch, index = batch.select(left), index[left]
-            positions = index
-        batch = run(translate(solver.attempt(batch, stop)), partial(ask, index=positions))
+            spent = (state.status == RUNNING) & (state.nfe + solver.attempt_nfe > budget)
+            state, ended = state.mark(spent, Status.BUDGET), ended or bool(spent.any())
+        return _Batch(state, batch.context, batch.ids, passed), looks, ended
+
+    with _bar(progress, total, "sample") as bar:
+        while True:
+            fresh = None
+            if not exhausted and (batch is None or len(batch.ids) < width):
+                fresh = arrivals(width - (0 if batch is None else len(batch.ids)))
+                exhausted = fresh is None
+            if batch is None and fresh is None:
+                return
+            looks: list[Look] = []
+            begun, ended = None, False
+            if batch is not None:
+                if segments:
+                    batch, looks, ended = _segment(batch, length, attempted, settled)
+                    length += 1
+                else:
+                    attempt, begun = attempted(batch, None, fresh)
+                    if watcher is not None:
+                        watcher(attempt, batch.context)
+                    batch, looks, ended = settled(batch, attempt)
+            elif fresh is not None:
+                begun = _answered(solver.begin(fresh[0], start, end), fresh[1], ask)
+            if begun is not None and fresh is not None:
+                new = _Batch(
+                    begun,
+                    fresh[1],
+                    np.arange(entered, entered + len(begun)),
+                    np.zeros(len(begun), dtype=np.int64),
+                )
+                entered += len(begun)
+                if len(marks) and marks[0] == start:
+                    looks.append((new.passed, new.ids, begun.y))
+                    new = replace(new, passed=new.passed + 1)
+                ended = ended or bool((begun.status != RUNNING).any())
+                batch = new if batch is None else batch.joined(new)
+            assert batch is not None
+            if ended:
+                state, done = batch.state, batch.state.status != RUNNING
+                leaving = np.flatnonzero(done)
+                whole = len(leaving) == len(done)
+                y = state.y if whole else take(state.y, leaving)
+                left, finished = batch.ids[leaving], finished + len(leaving)
+                spent += int(state.nfe[leaving].sum())
+                bar(len(leaving), nfe=spent / finished)
+                batch = None if whole else batch.select(np.flatnonzero(~done))
+                yield Finished(left, y, state.s[leaving], state.counts[:, leaving], looks)
+            elif looks:
+                state = batch.state
+                yield Finished(batch.ids[:0], state.y[:0], state.s[:0], state.counts[:, :0], looks)
+
+
+def _answered(generator: Generator[Query, Tensor, Any], context: Context, ask: Ask) -> Any:
+    """The result of a generator whose queries belong to samples with one context."""
+    tree = context.tree
+    try:
+        query = next(generator)
+        while True:
+            query = generator.send(ask(query, tree))
+    except StopIteration as stop:
+        return stop.value
+
+
+def _convoy(parts: Sequence[tuple[Generator[Query, Tensor, Any], Context]], ask: Ask) -> list[Any]:
+    """Run generators side by side, each query of one joined with the query of the others, and return their results."""
+    results: list[Any] = [None] * len(parts)
+    waiting = {i: next(generator) for i, (generator, _) in enumerate(parts)}
+    while waiting:
+        queries, contexts = list(waiting.values()), [parts[i][1] for i in waiting]
+        if len(queries) == 1:
+            answers = [ask(queries[0], contexts[0].tree)]
+        else:
+            joint = Query(torch.cat([q.x for q in queries]), torch.cat([q.t for q in queries]))
+            answer = ask(joint, reduce(Context.joined, contexts).tree)
+            answers = list(answer.split([len(q.x) for q in queries]))
+        for i, answer in zip(list(waiting), answers, strict=True):
+            try:
+                waiting[i] = parts[i][0].send(answer)
+            except StopIteration as stop:
+                results[i] = stop.value
+                del waiting[i]
+    return results
+
+
+def _looked(
+    batch: _Batch,
+    attempt: Attempt,
+    passed: Count,
+    marks: NDArray[np.float64],
+    ask: Ask,
+) -> tuple[AdaptiveState, list[Look]]:
+    """What an attempt's accepted steps passed, and the state with that paid for."""
+    state, stride = attempt.state, attempt.stride
+    looks: list[Look] = []
+    rows = np.repeat(np.arange(len(state)), passed - batch.passed)
+    if not len(rows):
+        return state, looks
+    stops = np.concatenate([np.arange(a, b) for a, b in zip(batch.passed, passed, strict=True)])
+    exact = marks[stops] == state.s[rows]
+    if exact.any():
+        looks.append((stops[exact], batch.ids[rows[exact]], take(state.y, rows[exact])))
+    if not exact.all():
+        inside, at = rows[~exact], stops[~exact]
+        theta = (marks[at] - stride.s[inside]) / stride.h[inside]
+        unique = np.unique(inside)
+        values = _answered(look(stride, inside, theta), batch.context.select(unique), ask)
+        looks.append((at, batch.ids[inside], values))
+        state = state.charge(unique, stride.missing)
+    return state, looks
+
+
+def _segment(batch: _Batch, length: int, attempted: Any, settled: Any) -> tuple[_Batch, list[Look], bool]:
+    """Up to `length` attempts of a batch, all of whose samples are running, with a graph that is remade when needed."""
+    tape: list[NDArray[np.float64]] = []
+    outcome: Any = None
+
+    def through(y: Tensor, slope: Tensor) -> tuple[Tensor, ...]:
+        nonlocal outcome
+        now = replace(batch, state=replace(batch.state, y=y, slope=slope))
+        kept: list[Look] = []
+        ended = False
+        for i in range(length):
+            attempt, _ = attempted(now, tape[i] if i < len(tape) else None, None)
+            if i == len(tape):
+                tape.append(attempt.error)
+            now, looks, ended = settled(now, attempt)
+            kept += looks
+            if ended:
+                break
+        if outcome is None:
+            outcome = now, kept, ended
+        return now.state.y, now.state.slope, *(values for _, _, values in kept)
+
+    y, slope, *values = checkpoint(through, batch.state.y, batch.state.slope, use_reentrant=False)
+    now, kept, ended = outcome
+    outcome = ()  # the graph made on the way is not to be kept alive
+    looks = [(at, ids, v) for (at, ids, _), v in zip(kept, values, strict=True)]
+    return replace(now, state=replace(now.state, y=y, slope=slope)), looks, ended
+
+
+def collect(parts: Sequence[Finished], y: Tensor, stops: int) -> tuple[Tensor | None, Solution]:
+    """What `pursue` yielded for a whole batch, in its order.
+
+    Args:
+        y: the states at the start.
+        stops: the number of stops.
+
+    Returns:
+        The states at the stops, (T, B, *S), NaN where a sample did not get there (None without stops), and the solution
+        at the end, whose times are the solver's clock.
+    """
+    count = y.shape[0]
+    ids = np.concatenate([p.ids for p in parts]) if parts else np.zeros(0, dtype=np.int64)
+    order = np.argsort(ids)
+    sorted_already = bool((order == np.arange(count)).all())
+
+    states = [p.y for p in parts if len(p.ids)]
+    x = states[0] if len(states) == 1 else torch.cat(states)
+    x = x if sorted_already else take(x, order)
+    counts = torch.from_numpy(np.concatenate([p.counts for p in parts], 1)[:, order])
+    reached = torch.from_numpy(np.concatenate([p.s for p in parts])[order])
+    solution = Solution(
+        x, counts[control.NFE], counts[control.STATUS], counts[control.ACCEPTED], counts[control.REJECTED], reached
+    )
+    if not stops:
+        return None, solution
+    looks = [entry for p in parts for entry in p.looks]
+    table = y.new_full((stops * count, *y.shape[1:]), torch.nan)
+    if looks:
+        flat = np.concatenate([at * count + who for at, who, _ in looks])
+        index = torch.from_numpy(flat).to(y.device)
+        table = table.index_copy(0, index, torch.cat([v for _, _, v in looks]))
+    return table.unflatten(0, (stops, count)), solution
 
 
 @contextmanager
-def _bar(show: bool, total: int, unit: str) -> Iterator[Callable[[int], Any]]:
-    """A function that advances a progress bar, or does nothing."""
+def _bar(show: bool, total: int | None, unit: str) -> Iterator[Callable[..., Any]]:
+    """A function that advances a progress bar and may note the mean NFE beside it, or does nothing."""
     if not show:
-        yield lambda n: None
+        yield lambda n, nfe=None: None
         return
     with require("tqdm", extra="cli", purpose="progress bars").tqdm(total=total, unit=unit) as bar:
-        yield bar.update
+
+        def advance(n: int, nfe: float | None = None) -> None:
+            if nfe is not None:
+                bar.set_postfix_str(f"mean NFE {nfe:.1f}", refresh=False)
+            bar.update(n)
+
+        yield advance

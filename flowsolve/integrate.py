@@ -1,4 +1,4 @@
-r"""`sample`, `encode` and `solve`: a flow or an ODE, a solver, and the direct driver between them.
+r"""`sample` and `encode`: a flow, a solver, and the direct driver between them.
 
 Arguments are checked before the first evaluation: the grid is laid out (`flowsolve.planning`), and every node where
 the network will be asked must have an estimate. Then a driver of `flowsolve.drivers` takes over.
@@ -6,30 +6,38 @@ the network will be asked must have an estimate. Then a driver of `flowsolve.dri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flowsolve import charts, grids
-from flowsolve._arguments import check_flow, check_grid, check_interval, check_solver, device_of, shape_of, state
-from flowsolve._batch import choose, per_sample, rows, select
+from flowsolve import charts
+from flowsolve._arguments import (
+    check_flow,
+    check_gradient,
+    check_grid,
+    check_interval,
+    check_solver,
+    device_of,
+    shape_of,
+    state,
+)  # fmt: skip
+from flowsolve._batch import Context, choose, rows
 from flowsolve.charts import Chart
-from flowsolve.drivers import Ask, march, pursue
+from flowsolve.drivers import Ask, march
 from flowsolve.flow import Flow
 from flowsolve.noise import START, Noise
+from flowsolve.ode import trajectory
 from flowsolve.paths import Path
-from flowsolve.planning import estimates, plan, share, whole, within
+from flowsolve.planning import estimates, plan, within
 from flowsolve.solution import Solution
-from flowsolve.solvers.adaptive import Adaptive, Status
-from flowsolve.solvers.base import Query, Solver, State, in_chart, inverse, scaled
-from flowsolve.solvers.runge_kutta import RungeKutta
+from flowsolve.solvers.adaptive import Status
+from flowsolve.solvers.base import Query, SlopeSolver, Solver, State, inverse, scaled, slope_in
 
-__all__ = ["encode", "integrate", "sample", "solve"]
+__all__ = ["encode", "estimator", "integrate", "sample"]
 
 
 def sample(
@@ -50,6 +58,7 @@ def sample(
     progress: bool = False,
     throw: bool = True,
     grad: bool | None = None,
+    gradient: str = "direct",
 ) -> Solution:
     """Sample a flow: carry noise at interval[0] to the state at interval[1].
 
@@ -70,6 +79,7 @@ def sample(
         progress: show a progress bar (needs tqdm).
         throw: raise if any sample fails; otherwise its status says so.
         grad: record gradients; by default only if `start` requires them.
+        gradient: how: "direct", "checkpoint" (memory of O(√steps)) or "adjoint"; see `flowsolve.gradients`.
 
     Returns:
         A `Solution`; its x has the state's dtype, float32 at least.
@@ -112,7 +122,7 @@ def sample(
         noise = Noise.for_batch(seed, state(start).shape[0], samples)
     return integrate(
         flow, start, interval, solver=solver, nfe=nfe, grid=grid, chart=chart, noise=noise, cond=cond,
-        progress=progress, throw=throw, grad=grad,
+        progress=progress, throw=throw, grad=grad, gradient=gradient,
     )  # fmt: skip
 
 
@@ -129,6 +139,7 @@ def encode(
     progress: bool = False,
     throw: bool = True,
     grad: bool | None = None,
+    gradient: str = "direct",
 ) -> Solution:
     """Carry data back to noise along the probability-flow ODE: the reverse of `sample` over the same interval.
 
@@ -152,7 +163,7 @@ def encode(
     check_interval(interval)
     return integrate(
         flow, x, interval, solver=solver, nfe=nfe, grid=grid, chart=chart, cond=cond, progress=progress,
-        throw=throw, grad=grad,
+        throw=throw, grad=grad, gradient=gradient,
     )  # fmt: skip
 
 
@@ -170,154 +181,98 @@ def integrate(
     progress: bool = False,
     throw: bool = True,
     grad: bool | None = None,
+    gradient: str = "direct",
 ) -> Solution:
     """Solve a flow over an interval of flow time in either direction; `sample` and `encode` without their defaults."""
     ruler = None if chart is None else charts.resolve(chart)
     check_solver(solver)
+    check_gradient(gradient, solver)
     x = state(x)
     budget = estimates(nfe, flow)
-
-    def answer(query: Query, index: Tensor | None) -> Any:
-        return flow.estimate(query.x, query.t, **select(cond or {}, x.shape[0], index))
-
+    context = Context(dict(cond or {}), x.shape[0])
+    answer = estimator(flow)
     path, (start, end) = flow.path, interval
     with _gradients(x, grad):
-        if isinstance(solver, Adaptive) and solver.adaptive:
+        mode = gradient if torch.is_grad_enabled() else "direct"
+        if solver.chooses_steps:
             check_grid(grid, solver)
             closing = start <= path.window[1] < end
             last = path.window[1] if closing else end
-            ruler = ruler or charts.CHARTS["straight"]
             left = None if budget is None else budget - closing
-            solution = _adaptive(flow, x, start, last, solver, ruler, left, answer, progress)
+            for t in (start, last):
+                within(path, t)
+                flow.require(t, "the interval")
+            solution = _charted(flow, x, [start, last], solver, ruler, context, mode, left, None, progress)
         else:
             steps = plan(solver, flow, interval, grid, budget, ruler)
             closing, last = steps.closing, steps.times[-2]
             intervals = steps.intervals[:-1] if closing else steps.intervals
-            begin = State(x, noise=noise)
-            _, solution = march(solver.on(path, ruler), begin, intervals, answer, start=start, progress=progress)
+            if mode == "adjoint":
+                times = steps.times[:-1] if closing else steps.times
+                counts = [n for _, _, n in intervals]
+                solution = _charted(flow, x, times, solver, ruler, context, mode, None, counts, progress)
+            else:
+                begin, segments = State(x, noise=noise), mode == "checkpoint"
+                _, solution = march(
+                    solver.on(path, ruler), begin, intervals, answer, context.tree, start=start, segments=segments,
+                    progress=progress,
+                )  # fmt: skip
         if closing:
-            solution = _close(solution, path, last, end, answer)
+            solution = _close(solution, path, last, end, answer, context)
     solution = replace(solution, nfe=solution.nfe * flow.nfe_per_call)
     return solution.raise_on_failure() if throw else solution
 
 
-def solve(
-    f: Callable[[Tensor, Tensor], Tensor],
-    y0: Tensor,
-    t0: float,
-    t1: float,
-    *,
-    solver: Solver,
-    nfe: int | None = None,
-    t_eval: Sequence[float] | Tensor | None = None,
-    batched: bool = True,
-    progress: bool = False,
-    throw: bool = True,
-) -> Solution:
-    """Solve any ODE dy/dt = f(t, y) from t0 to t1, in either direction.
+def estimator(flow: Flow) -> Ask:
+    """The function that answers a query for the estimate at (x, t), by one call of the network."""
 
-    Args:
-        f: the right-hand side. Its t is a tensor that broadcasts against y: 0-dimensional on a fixed grid, of shape
-            (B, 1, …, 1) in an adaptive solve, where every sample has its own time.
-        y0: initial state; (B, *S), or any shape with batched=False.
-        t0, t1: the interval.
-        solver: a Runge–Kutta solver.
-        nfe: evaluations to spend on equal steps, or the most a sample may spend with an adaptive solver.
-        t_eval: times at which to return the state, strictly monotone from t0 towards t1; they must be nodes of a fixed
-            grid, and adaptive steps land on them.
-        batched: the first axis of y0 numbers independent samples; False makes y0 one system with one step size and
-            0-dimensional t.
-        progress: show a progress bar (needs tqdm).
-        throw: raise if any sample fails.
+    def answer(query: Query, context: Any) -> Any:
+        if query.point is None:
+            return flow.estimate(query.x, query.t, **context)
+        return flow.read(query.x, flow.call(query.x, query.t, **context), query.point)
 
-    Returns:
-        A `Solution`, with x of y0's shape, or (T, *y0.shape) with t_eval. Gradients flow if autograd records them.
-
-    Raises:
-        SolverError: a sample failed and throw is True.
-        ValueError, TypeError: bad times, budget, solver, or shape of f's result.
-
-    Examples:
-        >>> y0 = torch.tensor([[1.0], [2.0]], dtype=torch.float64)
-        >>> sol = fs.solve(lambda t, y: -2 * t * y, y0, 0.0, 1.0, solver=fs.solvers.Dopri5(1e-8, 1e-8))
-        >>> torch.allclose(sol.x, y0 * torch.tensor(-1.0, dtype=torch.float64).exp(), atol=1e-7)
-        True
-    """
-    check_solver(solver)
-    if not isinstance(solver, RungeKutta):
-        raise TypeError(f"{solver!r} works on flows only; a plain ODE needs a Runge–Kutta solver such as Dopri5()")
-    t0, t1 = float(t0), float(t1)
-    nfe = whole(nfe)
-    stops = _stops(t0, t1, t_eval)
-    single = y0.ndim == 0 or not batched
-    y = state(y0.unsqueeze(0) if single else y0)
-
-    def answer(query: Query, index: Tensor | None) -> Tensor:
-        x, t = (query.x[0] if single else query.x), query.t
-        if isinstance(t, Tensor):
-            time = per_sample(t, query.x).reshape(()) if single else per_sample(t, query.x)
-        else:
-            time = torch.full((), t, dtype=x.dtype, device=x.device)
-        slope = f(time, x)
-        if not isinstance(slope, Tensor) or slope.shape != x.shape:
-            got = tuple(slope.shape) if isinstance(slope, Tensor) else type(slope).__name__
-            raise ValueError(f"f(t, y) returned {got} for y of shape {tuple(x.shape)}; expected the same shape")
-        return (slope.unsqueeze(0) if single else slope).to(query.x.dtype)
-
-    if isinstance(solver, Adaptive) and solver.adaptive:
-        kept, solution = pursue(solver, y, t0, stops, answer, budget=nfe, progress=progress)
-    else:
-        if nfe is None:
-            raise ValueError(f"{type(solver).__name__} steps on a fixed grid: give nfe=…")
-        counts = solver.schedule(nfe)
-        times = share(grids.fractions(t0, t1, nfe), counts)
-        intervals = list(zip(times, times[1:], counts, strict=False)) if t0 != t1 else []
-        keep = _nodes(times, stops)
-        kept, solution = march(solver.step, State(y), intervals, answer, start=t0, keep=keep, progress=progress)
-    x = torch.stack([k[0] if single else k for k in kept])
-    if t_eval is None:
-        solution = replace(solution, x=x[-1])
-    else:
-        solution = replace(solution, x=x, t_eval=torch.tensor(stops, dtype=torch.float64))
-    return solution.raise_on_failure() if throw else solution
+    return answer
 
 
-def _adaptive(
+def _charted(
     flow: Flow,
     x: Tensor,
-    start: float,
-    end: float,
-    solver: Adaptive,
-    chart: Chart,
+    times: Sequence[float],
+    solver: Solver,
+    chart: Chart | None,
+    context: Context,
+    mode: str,
     budget: int | None,
-    ask: Ask,
+    counts: Sequence[int] | None,
     progress: bool,
 ) -> Solution:
-    """An adaptive solve of a flow in a chart."""
-    path = flow.path
-    for t in (start, end):
-        within(path, t)
-        chart.require(path, t)
-        flow.require(t, "the interval")
-    s_end = chart.clock(path, end)
-    _, solution = pursue(
-        solver,
-        scaled(inverse(chart.scale(path.at(start))), x),
-        chart.clock(path, start),
-        [s_end],
-        ask,
-        translate=lambda inner: in_chart(inner, chart, path),
+    """A solve of a flow as the plain ODE it is in a chart: adaptive, or on the grid of times with those step costs."""
+    assert isinstance(solver, SlopeSolver)
+    path, ruler = flow.path, chart or charts.CHARTS["straight"]
+    for t in (times[0], times[-1]):
+        ruler.require(path, t)
+    clock = [ruler.clock(path, t) for t in times]
+    _, solution = trajectory(
+        scaled(inverse(ruler.scale(path.at(times[0]))), x),
+        clock[0],
+        [clock[-1]],
+        slope_in(ruler, path, estimator(flow)),
+        context,
+        solver=solver,
+        intervals=None if counts is None else list(zip(clock, clock[1:], counts, strict=False)),
         budget=budget,
+        mode=mode,
+        functions=[flow.net],
         progress=progress,
     )
-    reached = torch.where(solution.t == s_end, end, torch.as_tensor(chart.time(path, solution.t)))
-    return replace(solution, x=scaled(chart.scale(path.at(reached)), solution.x), t=reached)
+    reached = torch.where(solution.t == clock[-1], times[-1], torch.as_tensor(ruler.time(path, solution.t)))
+    return replace(solution, x=scaled(ruler.scale(path.at(reached)), solution.x), t=reached)
 
 
-def _close(solution: Solution, path: Path, edge: float, end: float, ask: Ask) -> Solution:
+def _close(solution: Solution, path: Path, edge: float, end: float, ask: Ask, context: Context) -> Solution:
     """Take the samples that arrived at the window's edge to the end, with the estimate at the edge."""
     there = path.at(end)
-    closed = ask(Query(solution.x, edge), None).combine(there.alpha, there.sigma)
+    closed = ask(Query(solution.x, edge), context.tree).combine(there.alpha, there.sigma)
     finite = torch.isfinite(rows(closed.detach())).all(1).cpu()
     return replace(
         solution,
@@ -326,32 +281,6 @@ def _close(solution: Solution, path: Path, edge: float, end: float, ask: Ask) ->
         status=torch.where(solution.ok & ~finite, int(Status.NONFINITE), solution.status),
         nfe=solution.nfe + 1,
     )
-
-
-def _stops(t0: float, t1: float, t_eval: Sequence[float] | Tensor | None) -> list[float]:
-    if t_eval is None:
-        return [t1]
-    stops = [float(t) for t in t_eval]
-    sign = 1.0 if t1 >= t0 else -1.0
-    line = [sign * t for t in (t0, *stops, t1)]
-    if not stops or any(b < a for a, b in pairwise(line)) or len(set(stops)) < len(stops):
-        raise ValueError(f"t_eval = {stops}; expected strictly monotone times from t0 = {t0:g} towards t1 = {t1:g}")
-    return stops
-
-
-def _nodes(times: Sequence[float], stops: Sequence[float]) -> set[int]:
-    """The positions of the stops in a grid of times."""
-    span = abs(times[-1] - times[0])
-    keep = set()
-    for stop in stops:
-        i = min(range(len(times)), key=lambda j: abs(times[j] - stop))
-        if abs(times[i] - stop) > 1e-9 * span:
-            raise ValueError(
-                f"t_eval asks for t = {stop:g}, which is not a node of the {len(times) - 1} equal steps that nfe "
-                "gives; choose nfe so that it is, or an adaptive solver"
-            )
-        keep.add(i)
-    return keep
 
 
 @contextmanager

@@ -24,8 +24,8 @@ from torch import Tensor
 from flowsolve import solvers
 from flowsolve.flow import Flow
 from flowsolve.integrate import sample
+from flowsolve.kernels import rms
 from flowsolve.solvers import Solver
-from flowsolve.solvers.adaptive import rms
 
 __all__ = ["Curve", "Reference", "nfe_error_curves", "reference"]
 

@@ -29,18 +29,18 @@ import torch
 from torch import Tensor
 
 from flowsolve import charts
-from flowsolve._arguments import check_flow, check_grid, check_solver, size_of, state
-from flowsolve._batch import per_sample, rows, select
+from flowsolve._arguments import check_flow, check_gradient, check_grid, check_solver, size_of, state
+from flowsolve._batch import Context, per_sample, rows
 from flowsolve.charts import Chart
-from flowsolve.drivers import Ask, march, pursue
+from flowsolve.drivers import Ask
 from flowsolve.flow import Flow
 from flowsolve.likelihood import trace as traces
 from flowsolve.noise import Noise
+from flowsolve.ode import trajectory
 from flowsolve.planning import estimates, plan
 from flowsolve.solution import Solution
 from flowsolve.solvers.adaptive import Adaptive
-from flowsolve.solvers.base import Query, Solver, State, scaled
-from flowsolve.solvers.runge_kutta import RungeKutta
+from flowsolve.solvers.base import Query, SlopeSolver, Solver, charted, scaled
 
 __all__ = ["LogProb", "log_prob"]
 
@@ -83,6 +83,7 @@ def log_prob(
     progress: bool = False,
     throw: bool = True,
     grad: bool | None = None,
+    gradient: str = "direct",
 ) -> LogProb:
     """The log-density that a flow gives to x, in nats.
 
@@ -103,6 +104,7 @@ def log_prob(
         progress: show a progress bar (needs tqdm).
         throw: raise if any sample fails.
         grad: record gradients; by default only if x requires them. True also serves parameters.
+        gradient: "direct" or "checkpoint" (memory of O(√steps)); see `flowsolve.gradients`.
 
     Returns:
         A `LogProb`.
@@ -122,7 +124,7 @@ def log_prob(
     """
     check_flow(flow, cond)
     check_solver(solver)
-    if not isinstance(solver, RungeKutta):
+    if not isinstance(solver, SlopeSolver):
         raise TypeError(f"solver is {solver!r}; log_prob needs a Runge–Kutta solver such as Dopri5() or RK4()")
     path = flow.path
     start, end = interval or (path.window[1], 0.0)
@@ -141,30 +143,36 @@ def log_prob(
         raise RuntimeError("log_prob differentiates the network, which inference_mode forbids; use no_grad instead")
     x = state(x)
     graph = torch.is_grad_enabled() and (x.requires_grad if grad is None else grad)
+    if gradient == "adjoint":
+        raise ValueError("log_prob has no adjoint: it would take third derivatives; use gradient='checkpoint'")
+    check_gradient(gradient, solver)
+    mode = gradient if graph else "direct"
     count, size = x.shape[0], size_of(x)
     noise = Noise.for_batch(seed, count, samples)
-    estimator = traces.resolve(trace, probes, x.detach(), noise)
-    answer = _joint_field(flow, ruler, estimator, x.shape, cond or {}, graph)
+    estimator = traces.resolve(trace, probes)
+    context = Context({"cond": dict(cond or {}), "probes": estimator.draw(x.detach(), noise)}, count)
+    answer = _joint_field(flow, ruler, estimator, x.shape, graph)
     first = rows(x) / ruler.scale(path.at(start))
     joint = torch.cat((first, first.new_zeros(count, estimator.count)), 1)
     s_start, s_end = ruler.clock(path, start), ruler.clock(path, end)
+    control: Solver = solver
+    intervals: list[tuple[float, float, int]] | None = None
     with torch.set_grad_enabled(graph):
-        if isinstance(solver, Adaptive) and solver.adaptive:
+        if solver.chooses_steps:
             check_grid(grid, solver)
             for t in (start, end):
                 flow.require(t, "the interval")
 
-            def norm(e: Tensor) -> Tensor:
-                state_part = solver.norm(e[:, :size].reshape(-1, *x.shape[1:]))
-                return torch.maximum(state_part, e[:, size:].abs().amax(1))
-
-            control = replace(solver, norm=norm)
-            _, solution = pursue(control, joint, s_start, [s_end], answer, budget=budget, progress=progress)
+            control = _controlled(solver, size, x.shape[1:])
         else:
             steps = plan(solver, flow, (start, end), grid, budget, ruler)
             clock = [ruler.clock(path, t) for t in steps.times]
             intervals = list(zip(clock, clock[1:], steps.evaluations, strict=False))
-            _, solution = march(solver.step, State(joint), intervals, answer, start=s_start, progress=progress)
+        assert isinstance(control, SlopeSolver)
+        _, solution = trajectory(
+            joint, s_start, [s_end], answer, context, solver=control, intervals=intervals, budget=budget, mode=mode,
+            progress=progress,
+        )  # fmt: skip
         latent = solution.x[:, :size].reshape(x.shape) * ruler.scale(path.at(end))
         logdets = solution.x[:, size:]
         base = normal_log_prob(latent, path.prior_std) if prior is None else prior(latent)
@@ -178,9 +186,19 @@ def log_prob(
     return LogProb(value, estimator.stderr(logdets.detach()), solution.nfe, latent, solution)
 
 
-def _joint_field(
-    flow: Flow, chart: Chart, estimator: traces.Trace, shape: Sequence[int], cond: Mapping[str, Any], graph: bool
-) -> Ask:
+def _controlled(solver: Solver, size: int, shape: Sequence[int]) -> Solver:
+    """The solver with norms of their own for the state and its log-determinants, whichever is larger."""
+    if not isinstance(solver, Adaptive):
+        return solver
+    inner = solver.norm
+
+    def norm(e: Tensor) -> Tensor:
+        return torch.maximum(inner(e[:, :size].reshape(-1, *shape)), e[:, size:].abs().amax(1))
+
+    return replace(solver, norm=norm)
+
+
+def _joint_field(flow: Flow, chart: Chart, estimator: traces.Trace, shape: Sequence[int], graph: bool) -> Ask:
     """The right-hand side of the joint state: dy/ds beside the divergence, once a probe, from one network call.
 
     Args:
@@ -189,17 +207,19 @@ def _joint_field(
     """
     path, size = flow.path, math.prod(shape[1:])
 
-    def answer(query: Query, index: Tensor | None) -> Tensor:
-        t = chart.time(path, query.t)
-        c = chart.scale(path.at(t))
+    def answer(query: Query, context: Any) -> Tensor:
+        outer = charted(query.about(query.x[:, :1]), chart, path)
+        t, point = outer.t, outer.point
+        assert point is not None
+        c = chart.scale(point)
         with torch.enable_grad():
             x = scaled(c, query.x[:, :size].reshape(-1, *shape[1:]))
             x = x if graph else x.detach()
             x = x if x.requires_grad else x.requires_grad_()
-            estimate = flow.estimate(x, t, **select(cond, shape[0], index))
-            row = chart.row(estimate.point, query.t)
+            estimate = flow.read(x, flow.call(x, t, **context["cond"]), point)
+            row = chart.row(point, query.t)
             k_x, k_o = (per_sample(k, query.x) for k in estimate.coefficients(*row))
-            trace = estimator(estimate.output, x, index, graph)
+            trace = estimator(estimate.output, x, context["probes"], graph)
             divergence = per_sample(c, query.x) * (k_x * size + k_o * trace)
             out = torch.cat((rows(estimate.combine(*row)), divergence), 1)
         return out if graph else out.detach()

@@ -30,8 +30,12 @@ class Trace:
 
     count: int
 
-    def __call__(self, output: Tensor, x: Tensor, index: Tensor | None, graph: bool) -> Tensor:
-        """(B, count) estimates from an output's graph; index are the samples' positions, graph keeps derivatives."""
+    def draw(self, x: Tensor, noise: Noise) -> Tensor | None:
+        """The probes of the samples of x, (B, count, *S); None if it needs none."""
+        raise NotImplementedError
+
+    def __call__(self, output: Tensor, x: Tensor, probes: Tensor | None, graph: bool) -> Tensor:
+        """(B, count) estimates from an output's graph and the samples' probes; graph keeps derivatives."""
         raise NotImplementedError
 
     def stderr(self, totals: Tensor) -> Tensor:
@@ -46,7 +50,11 @@ class Exact(Trace):
 
     count = 1
 
-    def __call__(self, output: Tensor, x: Tensor, index: Tensor | None, graph: bool) -> Tensor:
+    def draw(self, x: Tensor, noise: Noise) -> Tensor | None:
+        """Nothing."""
+        return None
+
+    def __call__(self, output: Tensor, x: Tensor, probes: Tensor | None, graph: bool) -> Tensor:
         """The trace, (B, 1)."""
         total = x.new_zeros(x.shape[0])
         for i in range(math.prod(x.shape[1:])):
@@ -65,20 +73,20 @@ class Hutchinson(Trace):
     """vᵀJv for fixed probes.
 
     Attributes:
-        probes: vectors v of shape (count, B, *S), for the whole batch.
+        count: the number of probes a sample has.
     """
 
-    probes: Tensor
+    count: int = 1
 
-    @property
-    def count(self) -> int:  # type: ignore[override]
-        """The number of probes a sample has."""
-        return self.probes.shape[0]
+    def draw(self, x: Tensor, noise: Noise) -> Tensor | None:
+        """Random signs."""
+        return torch.stack([noise.rademacher(PROBE, k, x) for k in range(self.count)], 1)
 
-    def __call__(self, output: Tensor, x: Tensor, index: Tensor | None, graph: bool) -> Tensor:
+    def __call__(self, output: Tensor, x: Tensor, probes: Tensor | None, graph: bool) -> Tensor:
         """One estimate a probe, (B, count)."""
-        probes = self.probes if index is None else self.probes.index_select(1, index.to(self.probes.device))
-        return torch.stack([rows(v * _product(output, x, v, graph)).sum(1) for v in probes], 1)
+        if probes is None:
+            raise ValueError("Hutchinson's estimator needs probes")
+        return torch.stack([rows(v * _product(output, x, v, graph)).sum(1) for v in probes.unbind(1)], 1)
 
 
 def _product(output: Tensor, x: Tensor, vector: Tensor, graph: bool) -> Tensor:
@@ -94,12 +102,12 @@ def _product(output: Tensor, x: Tensor, vector: Tensor, graph: bool) -> Tensor:
     return product
 
 
-def resolve(trace: str, probes: int, x: Tensor, noise: Noise) -> Trace:
-    """The estimator of a name, with probes drawn for a batch."""
+def resolve(trace: str, probes: int) -> Trace:
+    """The estimator of a name."""
     if trace == "exact":
         return Exact()
     if trace != "hutchinson":
         raise ValueError(f"trace = {trace!r} is not known; expected 'hutchinson' or 'exact'")
     if isinstance(probes, bool) or not isinstance(probes, int) or probes < 1:
         raise ValueError(f"probes = {probes!r}; expected an integer >= 1")
-    return Hutchinson(torch.stack([noise.rademacher(PROBE, k, x) for k in range(probes)]))
+    return Hutchinson(probes)

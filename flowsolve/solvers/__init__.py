@@ -3,38 +3,54 @@
 | solver | order | evaluations a step | kind |
 |---|---|---|---|
 | `Euler` | 1 | 1 | Runge–Kutta, fixed grid |
-| `Midpoint`, `Heun` | 2 | 2 | Runge–Kutta, fixed grid |
+| `Midpoint`, `Heun`, `Ralston` | 2 | 2 | Runge–Kutta, fixed grid |
 | `RK4` | 4 | 4 | Runge–Kutta, fixed grid |
-| `Dopri5` | 5 | 6 | Runge–Kutta, adaptive for each sample |
+| `Bosh3` | 3(2) | 3 | Runge–Kutta, adaptive for each sample, or on a fixed grid |
+| `Dopri5`, `Tsit5` | 5(4) | 6 | the same |
+| `Dopri8` | 8(5, 3) | 12 | the same |
 | `DDIM` | 1 | 1 | frozen estimate, η from ODE to DDPM |
 | `DDPM` | weak 1 | 1 | frozen estimate |
 | `ExactSDE` | weak 1 | 1 | frozen estimate, any η |
 | `EulerMaruyama` | weak 1 | 1 | SDE, any η |
+
+Any other explicit method is a `Tableau` in a subclass of `RungeKutta` or, with an embedded companion, of `Adaptive`.
 """
 
-from flowsolve.solvers.adaptive import Adaptive, Dopri5, Status
+from flowsolve.kernels import largest, rms
+from flowsolve.solvers.adaptive import Adaptive, Bosh3, Dopri5, Dopri8, Status, Tsit5
 from flowsolve.solvers.base import EstimateSolver, Query, Solver, State
-from flowsolve.solvers.controllers import PI
+from flowsolve.solvers.controllers import PI, PID, Controller, I
 from flowsolve.solvers.discrete import DDIM, DDPM, ExactSDE
-from flowsolve.solvers.runge_kutta import RK4, Euler, Heun, Midpoint, RungeKutta
+from flowsolve.solvers.runge_kutta import RK4, Euler, Heun, Midpoint, Ralston, RungeKutta
 from flowsolve.solvers.stochastic import EulerMaruyama
+from flowsolve.solvers.tableaus import Tableau
 
 __all__ = [
     "DDIM",
     "DDPM",
     "PI",
+    "PID",
     "RK4",
     "Adaptive",
+    "Bosh3",
+    "Controller",
     "Dopri5",
+    "Dopri8",
     "EstimateSolver",
     "Euler",
     "EulerMaruyama",
     "ExactSDE",
     "Heun",
+    "I",
     "Midpoint",
     "Query",
+    "Ralston",
     "RungeKutta",
     "Solver",
     "State",
     "Status",
+    "Tableau",
+    "Tsit5",
+    "largest",
+    "rms",
 ]

@@ -8,30 +8,44 @@ The error of one attempt, in units of the tolerance, is
 
 $$ e = \Bigl\|\, \frac{h\sum_i (b_i-\hat b_i) k_i}{\text{atol} + \text{rtol}\cdot\max(|y|, |y'|)} \,\Bigr\|, $$
 
-by default the root mean square over the numbers of one sample. An attempt whose error is not finite is retried with a
-tenth of the step; a step below the resolution of float64 time ends the sample with a status that says which of the two
-it was. A step that fails its error test is never accepted.
+by default the root mean square over the numbers of one sample. A method with two companions, of orders 5 and 3 beside
+its 8, uses $e_5^2 / \sqrt{e_5^2 + 0.01\,e_3^2}$, which is of order $h^8$ (Hairer, Nørsett & Wanner II.10). An attempt
+whose error is not finite is retried with a tenth of the step; a step below the resolution of float64 time, or below
+`min_step`, ends the sample with a status that says which of the two it was. A step that fails its error test is never
+accepted.
 
 The first step follows Hairer, Nørsett & Wanner II.4: the slope at the start (which the first step needs anyway) and
 one more evaluation.
+
+The default tolerance is 1e-5, relative and absolute: what flows are commonly sampled with (Song et al. 2021). State it
+where accuracy matters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
+from functools import cached_property
+from typing import ClassVar, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from flowsolve._batch import choose, rows
-from flowsolve.solvers.base import Query
-from flowsolve.solvers.controllers import PI
-from flowsolve.solvers.runge_kutta import RungeKutta, advance, stages
-from flowsolve.solvers.tableaus import DOPRI5
+from flowsolve._batch import take
+from flowsolve.kernels import Law, Slopes, aim, control, host, judge, merge, rms, twin
+from flowsolve.solvers.base import Nodes, Query
+from flowsolve.solvers.controllers import PI, Controller
+from flowsolve.solvers.runge_kutta import RungeKutta, Stride, ask_stages
+from flowsolve.solvers.tableaus import BOSH3, DOP853, DOPRI5, EULER, TSIT5, Tableau
 
-__all__ = ["Adaptive", "AdaptiveState", "Dopri5", "Status", "rms"]
+__all__ = ["Adaptive", "AdaptiveState", "Attempt", "Bosh3", "Dopri5", "Dopri8", "Status", "Tsit5"]
+
+Vector = NDArray[np.float64]
+Count = NDArray[np.int64]
+Mask = NDArray[np.bool_]
 
 
 class Status(IntEnum):
@@ -43,180 +57,255 @@ class Status(IntEnum):
     UNDERFLOW = 2
     BUDGET = 3
     MAX_STEPS = 4
-
-
-def rms(x: Tensor) -> Tensor:
-    """The root mean square of each sample: (B, *S) to (B,)."""
-    return rows(x).square().mean(1).sqrt()
+    MAX_REJECTIONS = 5
 
 
 @dataclass(frozen=True)
 class AdaptiveState:
-    """What an adaptive solve carries: tensors with one row a sample, y and slope on the device, the rest on the host.
+    """What an adaptive solve carries: y and slope on the device; on the host, a column for each sample.
 
     Attributes:
         y: state, shape (B, *S).
         slope: dy/ds at (y, s), shape (B, *S).
-        s: time reached, float64.
-        h: signed size of the next step, float64.
-        error: error of the last accepted step in units of the tolerance, float64.
-        accepted: accepted steps.
-        rejected: rejected steps.
-        nfe: evaluations spent.
-        status: a `Status`.
+        real: float64 of shape (4, B); rows s, h and the logs of the last two errors (`flowsolve.kernels.control`).
+        counts: int64 of shape (5, B); rows accepted, rejected, rejections in a row, evaluations, status.
     """
 
     y: Tensor
     slope: Tensor
-    s: Tensor
-    h: Tensor
-    error: Tensor
-    accepted: Tensor
-    rejected: Tensor
-    nfe: Tensor
-    status: Tensor
+    real: Vector
+    counts: Count
 
-    def select(self, index: Tensor) -> AdaptiveState:
-        """The rows of some samples, by position."""
-        return AdaptiveState(*(v.index_select(0, index.to(v.device)) for v in self._rows()))
+    def __len__(self) -> int:
+        return len(self.real[0])
 
-    def put(self, index: Tensor, rows: AdaptiveState) -> AdaptiveState:
-        """This state with the rows at those positions replaced."""
-        pairs = zip(self._rows(), rows._rows(), strict=True)
-        return AdaptiveState(*(v.index_copy(0, index.to(v.device), r) for v, r in pairs))
+    @property
+    def s(self) -> Vector:
+        """Time reached."""
+        row: Vector = self.real[control.S]
+        return row
 
-    def mark(self, where: Tensor, status: Status) -> AdaptiveState:
+    @property
+    def h(self) -> Vector:
+        """Signed size of the next step."""
+        row: Vector = self.real[control.H]
+        return row
+
+    @property
+    def accepted(self) -> Count:
+        """Accepted steps."""
+        row: Count = self.counts[control.ACCEPTED]
+        return row
+
+    @property
+    def rejected(self) -> Count:
+        """Rejected steps."""
+        row: Count = self.counts[control.REJECTED]
+        return row
+
+    @property
+    def nfe(self) -> Count:
+        """Evaluations spent."""
+        row: Count = self.counts[control.NFE]
+        return row
+
+    @property
+    def status(self) -> Count:
+        """A `Status` for each sample."""
+        row: Count = self.counts[control.STATUS]
+        return row
+
+    def select(self, index: Count) -> AdaptiveState:
+        """Some samples, by position."""
+        return AdaptiveState(take(self.y, index), take(self.slope, index), self.real[:, index], self.counts[:, index])
+
+    def joined(self, other: AdaptiveState) -> AdaptiveState:
+        """The samples of this state and then those of the other."""
+        return AdaptiveState(
+            torch.cat((self.y, other.y)),
+            torch.cat((self.slope, other.slope)),
+            np.concatenate((self.real, other.real), 1),
+            np.concatenate((self.counts, other.counts), 1),
+        )
+
+    def mark(self, where: Mask, status: Status) -> AdaptiveState:
         """This state with another status for some samples."""
-        return replace(self, status=torch.where(where, int(status), self.status))
+        if not where.any():
+            return self
+        counts = self.counts.copy()
+        counts[control.STATUS, where] = int(status)
+        return replace(self, counts=counts)
 
-    def _rows(self) -> list[Tensor]:
-        return [getattr(self, f.name) for f in fields(self)]
+    def charge(self, index: Count, evaluations: int) -> AdaptiveState:
+        """This state with evaluations added to some samples."""
+        counts = self.counts.copy()
+        counts[control.NFE, index] += evaluations
+        return replace(self, counts=counts)
+
+
+class Attempt(NamedTuple):
+    """What became of one attempted step.
+
+    Attributes:
+        state: the state after it.
+        stride: the step itself, for those that accepted it.
+        accepted: which samples did, bool of shape (B,).
+        ended: how many samples are no longer running.
+        error: the error of each in units of the tolerance.
+    """
+
+    state: AdaptiveState
+    stride: Stride
+    accepted: Mask
+    ended: int
+    error: Vector
 
 
 @dataclass(frozen=True)
 class Adaptive(RungeKutta):
-    """An embedded Runge–Kutta pair with per-sample step control.
+    """An embedded Runge–Kutta pair with per-sample step control; a subclass names its tableau.
 
     Attributes:
         rtol: tolerance relative to the state.
         atol: absolute tolerance, in units of the state (of y = x/c in a chart).
         adaptive: False runs the tableau on a fixed grid.
         first_step: size of the first step; None chooses it for one evaluation.
-        max_step: largest step, in units of the clock.
+        min_step: size below which a step ends its sample, in units of the clock; 0 stops at the resolution of time.
+        max_step: largest step.
         max_steps: attempts (accepted and rejected) a sample may make.
+        max_rejections: rejections in a row that end a sample.
         controller: the step-size controller.
-        norm: norm of the scaled error of each sample, (B, *S) to (B,).
+        norm: norm of the scaled error of each sample, (B, *S) to (B,): `rms`, `largest` or your own.
     """
+
+    pair: ClassVar[Tableau]
+    """The tableau with the slope at the end of the step as its last stage."""
 
     rtol: float = 1e-5
     atol: float = 1e-5
     adaptive: bool = True
     first_step: float | None = None
+    min_step: float = 0.0
     max_step: float = float("inf")
     max_steps: int = 10_000
-    controller: PI = field(default_factory=PI)
+    max_rejections: int = 100
+    controller: Controller = field(default_factory=PI)
     norm: Callable[[Tensor], Tensor] = rms
 
     def __init_subclass__(cls) -> None:
+        if "tableau" in vars(cls):
+            if not cls.tableau.error:
+                raise TypeError(f"{cls.tableau.name} has no embedded companion to estimate errors with")
+            cls.pair = cls.tableau.completed
         super().__init_subclass__()
-        if not (cls.tableau.fsal and cls.tableau.error):
-            raise TypeError(f"{cls.tableau.name} has no embedded pair whose last stage is the next step's first")
 
     def __post_init__(self) -> None:
-        for name in ("rtol", "atol"):
+        for name in ("rtol", "atol", "min_step"):
             value = getattr(self, name)
             if not 0.0 <= value < float("inf"):
-                raise ValueError(f"{name} = {value!r}; expected a finite tolerance >= 0")
+                raise ValueError(f"{name} = {value!r}; expected a finite number >= 0")
         if self.rtol == self.atol == 0.0:
             raise ValueError("rtol and atol are both 0, which no step can meet; give at least one of them > 0")
-        for name in ("first_step", "max_step", "max_steps"):
+        for name in ("first_step", "max_step", "max_steps", "max_rejections"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} = {value!r}; expected a number > 0")
+        if not self.min_step <= self.max_step:
+            raise ValueError(f"min_step = {self.min_step!r} exceeds max_step = {self.max_step!r}")
+
+    @property
+    def chooses_steps(self) -> bool:
+        """Whether steps are adaptive."""
+        return self.adaptive
 
     def begin(self, y: Tensor, s: float, s_end: float) -> Generator[Query, Tensor, AdaptiveState]:
         """Ask for the first slope, choose the first step of each sample, and return the state at s (s ≠ s_end)."""
         count = y.shape[0]
-        slope = yield Query(y, torch.full((count,), s, dtype=torch.float64))
-        span, nfe = s_end - s, 1
-        sign = 1.0 if span >= 0 else -1.0
+        start = np.full(count, s)
+        slope = yield Query(y, torch.from_numpy(start))
+        span = s_end - s
+        sign, longest = (1.0 if span >= 0 else -1.0), min(abs(span), self.max_step)
         if self.first_step is not None:
-            h = torch.full((count,), self.first_step, dtype=torch.float64)
-            finite = torch.isfinite(_host(self.norm(slope.detach())))
+            h = np.full(count, self.first_step)
+            finite = np.isfinite(host(self.norm(slope.detach())))
         else:
             with torch.no_grad():
-                scale = self._scale(y.abs())
-                d0, d1 = _host(torch.stack((self.norm(y / scale), self.norm(slope / scale))))
-            finite = torch.isfinite(d1)
-            h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1).nan_to_num_(nan=1e-6)
-            h0 = h0.clamp(max=min(abs(span), self.max_step))
-            ahead = yield Query(advance(y, sign * h0, (1.0,), (slope,)), s + sign * h0)
-            nfe += 1
-            with torch.no_grad():
-                d2 = _host(self.norm((ahead - slope) / scale)).nan_to_num_(nan=float("inf")) / h0
-            most = torch.maximum(d1, d2)
-            root = (0.01 / most) ** (1.0 / (self.tableau.error_order + 1))
-            h = torch.where(most <= 1e-15, torch.maximum(h0 * 1e-3, torch.tensor(1e-6)), root)
-            h = torch.minimum(100.0 * h0, torch.where(h > 0.0, h, h0))
-        whole = torch.zeros(count, dtype=torch.int64)
-        return AdaptiveState(
-            y=y,
-            slope=slope,
-            s=torch.full((count,), s, dtype=torch.float64),
-            h=sign * h.clamp(max=min(abs(span), self.max_step)),
-            error=torch.ones(count, dtype=torch.float64),
-            accepted=whole,
-            rejected=whole,
-            nfe=whole + nfe,
-            status=torch.where(finite, whole + Status.RUNNING, whole + Status.NONFINITE),
+                scale = twin.scale(y.abs(), self.atol, self.rtol)
+                d0, d1 = host(torch.stack((self.norm(y / scale), self.norm(slope / scale))))
+            finite = np.isfinite(d1)
+            with np.errstate(all="ignore"):  # samples that are not finite are ended below
+                h0 = np.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
+                h0 = np.clip(np.where(np.isfinite(h0), h0, 1e-6), control.RESOLUTION * max(abs(s), abs(s_end)), longest)
+            slopes = Slopes(y)
+            slopes.append(slope)
+            euler = slopes.advance(sign * h0, *EULER.solution)
+            ahead = yield Query(euler, torch.from_numpy(start + sign * h0))
+            with torch.no_grad(), np.errstate(all="ignore"):
+                d2 = host(self.norm((ahead - slope) / scale)) / h0
+                most = np.maximum(d1, np.where(np.isnan(d2), np.inf, d2))
+                root = (0.01 / most) ** (1.0 / (self.pair.error_order + 1))
+                h = np.where(most <= 1e-15, np.maximum(h0 * 1e-3, 1e-6), root)
+                h = np.minimum(100.0 * h0, np.where(h > 0.0, h, h0))
+        real, counts = np.zeros((4, count)), np.zeros((5, count), dtype=np.int64)
+        real[control.S], real[control.H] = s, sign * np.clip(h, min(self.min_step, longest), longest)
+        counts[control.NFE] = self.begin_nfe
+        counts[control.STATUS] = np.where(finite, int(Status.RUNNING), int(Status.NONFINITE))
+        return AdaptiveState(y, slope, real, counts)
+
+    def attempt(
+        self, state: AdaptiveState, s_end: float, errors: Vector | None = None
+    ) -> Generator[Query, Tensor, Attempt]:
+        """One attempted step of every sample towards s_end; each is accepted or rejected on its own.
+
+        Args:
+            errors: the errors of an attempt that was made before and is now repeated: they decide again.
+        """
+        pair = self.pair
+        h, s_next, nodes = aim(state.real, s_end, pair.later)
+        slopes = Slopes(state.y)
+        slopes.append(state.slope)
+        ahead = yield from ask_stages(pair, Nodes(nodes), h, slopes, 1)
+        error = self._error(ahead, h, slopes) if errors is None else errors
+        accepted, passed, ended, real, counts = judge(error, state.real, state.counts, h, s_next, s_end, self.law)
+        y, slope = merge(accepted, passed, ahead, state.y), merge(accepted, passed, slopes[-1], state.slope)
+        new = AdaptiveState(y, slope, real, counts)
+        return Attempt(new, Stride(pair, slopes, ahead, state.s, s_next, h), accepted, ended, error)
+
+    @cached_property
+    def law(self) -> Vector:
+        """The controller's formula and all limits; see `flowsolve.kernels.Law`."""
+        c, k = self.controller, self.pair.error_order + 1
+        beta1, beta2, beta3 = (beta / k for beta in c.betas)
+        return np.array(
+            Law(
+                c.safety,
+                c.min_factor,
+                c.max_factor,
+                c.first_factor,
+                beta1,
+                beta2,
+                beta3,
+                1.0 / k,
+                self.min_step,
+                self.max_step,
+                self.max_steps,
+                self.max_rejections,
+                self.attempt_nfe,
+            )
         )
 
-    def attempt(self, state: AdaptiveState, s_end: float) -> Generator[Query, Tensor, AdaptiveState]:
-        """One attempted step of every sample towards s_end; each is accepted or rejected on its own."""
-        tableau, y, s = self.tableau, state.y, state.s
-        left = s_end - s
-        arrives = state.h.abs() * 1.000001 >= left.abs()
-        h = torch.where(arrives, left, state.h)
-        s_next = torch.where(arrives, s_end, s + h)
-
-        slopes = [state.slope]
-        ahead = yield from stages(tableau, y, s, s_next, h, slopes, tableau.stages)
-
-        with torch.no_grad():
-            local = advance(torch.zeros_like(y), h, tableau.error, slopes)
-            scale = self._scale(torch.maximum(y.abs(), ahead.abs()))
-            error = _host(self.norm(local / scale))
-        finite = torch.isfinite(error)
-        accepted = finite & (error <= 1.0)
-        factor = self.controller.factor(error, state.error, accepted, tableau.error_order + 1)
-        proposal = h * torch.where(finite, factor, 0.1)
-        # A step cut short to arrive says nothing against the size that was planned.
-        proposal = torch.where(accepted & arrives & (proposal.abs() < state.h.abs()), state.h, proposal)
-        proposal = proposal.clamp(-self.max_step, self.max_step)
-
-        smallest = 16.0 * torch.finfo(torch.float64).eps * torch.maximum(s.abs(), torch.tensor(abs(s_end)))
-        stuck = proposal.abs() <= smallest  # an accepted step that small does not advance time either
-        made = state.accepted + state.rejected + 1
-        status = torch.where(made >= self.max_steps, int(Status.MAX_STEPS), state.status)
-        status = torch.where(stuck, torch.where(finite, int(Status.UNDERFLOW), int(Status.NONFINITE)), status)
-        status = torch.where(accepted & arrives, int(Status.SUCCESS), status)
-
-        return replace(
-            state,
-            y=choose(accepted, ahead, y),
-            slope=choose(accepted, slopes[-1], state.slope),
-            s=torch.where(accepted, s_next, s),
-            h=proposal,
-            error=torch.where(accepted, error.clamp_min(1e-4), state.error),
-            accepted=state.accepted + accepted,
-            rejected=state.rejected + ~accepted,
-            nfe=state.nfe + self.attempt_nfe,
-            status=status,
-        )
-
-    def _scale(self, size: Tensor) -> Tensor:
-        """The tolerance of each number; kept from 0, so that a number that is 0 and stays 0 has no error."""
-        return (self.atol + self.rtol * size).clamp_min(torch.finfo(size.dtype).tiny)
+    def _error(self, ahead: Tensor, h: Vector, slopes: Slopes) -> Vector:
+        """The error of an attempt in units of the tolerance: the one read of a step."""
+        norms = [
+            slopes.error_norm(h, stages, weights, ahead, self.atol, self.rtol, self.norm)
+            for stages, weights in self.pair.errors
+        ]
+        if len(norms) == 1:
+            return host(norms[0])
+        e5, e3 = host(torch.stack(norms))
+        with np.errstate(all="ignore"):
+            both: Vector = e5 * e5 / np.sqrt(e5 * e5 + 0.01 * e3 * e3)
+        return np.where((e5 == 0.0) & (e3 == 0.0), 0.0, both)
 
     @property
     def begin_nfe(self) -> int:
@@ -226,15 +315,32 @@ class Adaptive(RungeKutta):
     @property
     def attempt_nfe(self) -> int:
         """Evaluations of one attempted step."""
-        return self.tableau.stages - 1
+        return int(self.pair.stages - 1)
 
 
-def _host(v: Tensor) -> Tensor:
-    return v.detach().to("cpu").to(torch.float64)
+@dataclass(frozen=True)
+class Bosh3(Adaptive):
+    """Bogacki and Shampine's pair of orders 3 and 2: 3 evaluations a step, for loose tolerances."""
+
+    tableau = BOSH3
 
 
 @dataclass(frozen=True)
 class Dopri5(Adaptive):
-    """Dormand and Prince's pair of orders 5 and 4: 6 evaluations a step, accepted or rejected for each sample."""
+    """Dormand and Prince's pair of orders 5 and 4: 6 evaluations a step."""
 
     tableau = DOPRI5
+
+
+@dataclass(frozen=True)
+class Tsit5(Adaptive):
+    """Tsitouras' pair of orders 5 and 4: 6 evaluations a step, with smaller errors than Dopri5's as a rule."""
+
+    tableau = TSIT5
+
+
+@dataclass(frozen=True)
+class Dopri8(Adaptive):
+    """Hairer's dop853, order 8 with companions of orders 5 and 3: 12 evaluations a step, for tight tolerances."""
+
+    tableau = DOP853

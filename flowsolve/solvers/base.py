@@ -21,28 +21,75 @@ Two families differ in what they ask for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from flowsolve._batch import per_sample
 from flowsolve.charts import Chart
 from flowsolve.flow import Flow
 from flowsolve.noise import Noise
-from flowsolve.paths import Path
+from flowsolve.paths import Path, Point
 from flowsolve.predictions import Estimate
 
-__all__ = ["EstimateSolver", "Query", "Solver", "State", "Step", "in_chart", "run"]
+__all__ = [
+    "EstimateSolver", "Foreign", "Nodes", "Query", "SlopeSolver", "Solver", "State", "Step", "charted", "in_chart",
+    "run", "scaled", "slope_in",
+]  # fmt: skip
 
 
-class Query(NamedTuple):
-    """A state of shape (B, *S) and the time, a float or a float64 host tensor of shape (B,), it is asked about."""
+class Nodes:
+    """The times of all queries of a step, known when it begins.
 
-    x: Tensor
-    t: Any
+    What depends on time alone is computed for all of them at once, and sent to a device as one tensor.
+
+    Attributes:
+        table: float64 array of shape (n, B).
+    """
+
+    __slots__ = ("_made", "table")
+
+    def __init__(self, table: NDArray[np.float64]) -> None:
+        self.table = table
+        self._made: dict[Any, Any] = {}
+
+    def once(self, key: Any, make: Callable[[Tensor], Any]) -> Any:
+        """make(times) of the table as a host tensor, made on the first call with this key."""
+        if key not in self._made:
+            self._made[key] = make(torch.from_numpy(self.table))
+        return self._made[key]
+
+
+class Query:
+    """A question: what is the slope, or the estimate, at this state and time?
+
+    Attributes:
+        x: the state, shape (B, *S).
+        nodes: the step's times, of which this is row `row`, where they are known.
+        row: see `nodes`.
+        point: the path's point at t, where it is known.
+    """
+
+    __slots__ = ("_t", "nodes", "point", "row", "x")
+
+    def __init__(
+        self, x: Tensor, t: Any = None, nodes: Nodes | None = None, row: int = 0, point: Point | None = None
+    ) -> None:
+        self.x, self._t, self.nodes, self.row, self.point = x, t, nodes, row, point
+
+    @property
+    def t(self) -> Any:
+        """The time: a float, or a float64 host tensor of shape (B,)."""
+        return self._t if self.nodes is None else torch.from_numpy(self.nodes.table[self.row])
+
+    def about(self, x: Tensor) -> Query:
+        """The same question about another state."""
+        return Query(x, self._t, self.nodes, self.row, self.point)
 
 
 @dataclass(frozen=True)
@@ -90,9 +137,52 @@ class Solver:
             flow.require(t)
 
     @property
+    def chooses_steps(self) -> bool:
+        """Whether the solver finds its own steps, rather than being given a grid."""
+        return False
+
+    @property
     def random(self) -> bool:
         """Whether steps draw noise, so that they cannot be retraced."""
         return False
+
+
+class SlopeSolver(Solver):
+    """A solver that sees only dy/ds: it runs on any ODE, and on a flow in a chart."""
+
+
+class Foreign(SlopeSolver):
+    """A solver of another library, which runs a loop of its own; see `flowsolve.solvers.bridges`."""
+
+    @property
+    def chooses_steps(self) -> bool:
+        """Grids are the other library's business."""
+        return True
+
+    def trajectory(
+        self,
+        field: Callable[[float, Tensor], Tensor],
+        y: Tensor,
+        start: float,
+        stops: Sequence[float],
+        budget: int | None,
+        functions: Sequence[Any],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Solve dy/dt = field(t, y) from y at the start, for all samples as one system.
+
+        Args:
+            field: dy/dt of shape (B, *S) at a time.
+            y: shape (B, *S).
+            start: the time there.
+            stops: times at which the state is wanted, strictly monotone from the start on.
+            budget: the most evaluations to spend; None for no limit.
+            functions: where to look for the parameters of the field.
+
+        Returns:
+            The states at the stops, (T, B, *S); and for each sample the evaluations it cost and its `Status`, int64 of
+            shape (B,).
+        """
+        raise NotImplementedError
 
 
 class EstimateSolver(Solver):
@@ -119,13 +209,42 @@ class EstimateSolver(Solver):
 def in_chart(inner: Generator[Query, Tensor, Any], chart: Chart, path: Path) -> Generator[Query, Estimate, Any]:
     """Translate a generator that asks for dy/ds at (y, s) into one that asks for the estimate at (x, t)."""
     try:
-        y, s = next(inner)
+        query = next(inner)
         while True:
-            t = chart.time(path, s)
-            estimate = yield Query(scaled(chart.scale(path.at(t)), y), t)
-            y, s = inner.send(estimate.combine(*chart.row(estimate.point, s)))
+            outer = charted(query, chart, path)
+            estimate = yield outer
+            query = inner.send(estimate.combine(*chart.row(estimate.point, query.t)))
     except StopIteration as stop:
         return stop.value
+
+
+def slope_in(chart: Chart, path: Path, estimate: Callable[[Query, Any], Estimate]) -> Any:
+    """What answers queries for dy/ds at (y, s) in a chart, from what answers with estimates at (x, t)."""
+
+    def answer(query: Query, context: Any) -> Tensor:
+        found = estimate(charted(query, chart, path), context)
+        return found.combine(*chart.row(found.point, query.t))
+
+    return answer
+
+
+def charted(query: Query, chart: Chart, path: Path) -> Query:
+    """The query about (x, t) that a query about (y, s) in a chart stands for."""
+    y, nodes, row = query.x, query.nodes, query.row
+    if nodes is None:
+        t = chart.time(path, query.t)
+        point = path.at(t)
+        return Query(scaled(chart.scale(point), y), t, point=point)
+
+    def translate(clock: Tensor) -> tuple[Nodes, Point, Any]:
+        t = chart.time(path, clock.flatten()).unflatten(0, clock.shape)
+        points = path.at(t)
+        c = chart.scale(points)
+        return Nodes(t.numpy()), points, c if isinstance(c, float) else c.to(device=y.device, dtype=y.dtype)
+
+    times, points, c = nodes.once((chart, path), translate)
+    point = Point(*(v[row] for v in points))
+    return Query(scaled(c if isinstance(c, float) else c[row], y), None, times, row, point)
 
 
 def scaled(c: Any, y: Tensor) -> Tensor:

@@ -1,43 +1,98 @@
-r"""Step-size control: from the error of a step to the size of the next.
+r"""Step-size control: from the errors of the last steps to the size of the next.
 
-With $e$ the norm of the local error estimate in units of the tolerance, a step is accepted where $e \le 1$ and the
-next one is
+With $e_n$ the norm of the local error of a step in units of the tolerance, $e_{n-1}, e_{n-2}$ those of the two steps
+accepted before it, and k one more than the order of the error estimate, a step is accepted where $e_n \le 1$ and
 
-$$ h' = h \cdot \min\bigl(f_{\max}, \max(f_{\min},\; \theta\, e^{-(1/k - \tfrac34\beta)}\, e_{-}^{\;\beta})\bigr), $$
+$$ h' = h \cdot \operatorname{clip}\bigl(\theta\; e_n^{-\beta_1/k}\, e_{n-1}^{-\beta_2/k}\, e_{n-2}^{-\beta_3/k},\;
+   f_{\min},\, f_{\max}\bigr). $$
 
-where $k$ is one more than the order of the error estimate and $e_-$ the error of the step accepted before. β = 0 is the
-elementary (I) controller; β > 0 damps the sequence of steps (PI control, Gustafsson 1991; Hairer, Nørsett & Wanner
-IV.2).
+| controller | $\beta_1, \beta_2, \beta_3$ | |
+|---|---|---|
+| `I` | 1, 0, 0 | elementary control |
+| `PI(beta)` | 1 − ¾β, −β, 0 | damps the sequence of steps (Gustafsson 1991; Hairer, Nørsett & Wanner IV.2) |
+| `PID(p, i, d)` | p + i + d, −(p + 2d), d | digital filter (Söderlind 2003) |
+
+After a rejection the elementary exponent is used, a step never grows, and neither does the step accepted next. The
+first step is a guess, so the one after it may grow by more (`first_factor`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-__all__ = ["PI"]
+__all__ = ["PI", "PID", "Controller", "I"]
 
 
 @dataclass(frozen=True)
-class PI:
-    """Proportional-integral control of the step size.
+class Controller:
+    """What all controllers share; a subclass says its β.
 
     Attributes:
         safety: θ, below 1.
         min_factor: the most a step may shrink.
         max_factor: the most it may grow.
-        beta: β, the weight of the previous error; 0 is the elementary controller.
+        first_factor: the most the first step may grow.
     """
 
     safety: float = 0.9
     min_factor: float = 0.2
     max_factor: float = 10.0
-    beta: float = 0.04
+    first_factor: float = 100.0
 
-    def factor(self, error: Tensor, previous: Tensor, accepted: Tensor, k: int) -> Tensor:
-        """The factor h'/h of each sample, from errors of shape (B,) in units of the tolerance."""
-        gain = self.safety * error.clamp_min(1e-10) ** (0.75 * self.beta - 1.0 / k) * previous**self.beta
-        gain = gain.clamp(self.min_factor, self.max_factor)
-        return torch.where(accepted, gain, gain.clamp_max(1.0))
+    def __post_init__(self) -> None:
+        if not 0.0 < self.safety <= 1.0:
+            raise ValueError(f"safety = {self.safety!r}; expected 0 < safety <= 1")
+        if not 0.0 < self.min_factor < 1.0 < self.max_factor <= self.first_factor:
+            raise ValueError(
+                f"min_factor, max_factor, first_factor = {self.min_factor!r}, {self.max_factor!r}, "
+                f"{self.first_factor!r}; expected 0 < min_factor < 1 < max_factor <= first_factor"
+            )
+
+    @property
+    def betas(self) -> tuple[float, float, float]:
+        """(β₁, β₂, β₃)."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class I(Controller):  # noqa: E742 (the field's name)
+    """Elementary (integral) control."""
+
+    @property
+    def betas(self) -> tuple[float, float, float]:
+        """(1, 0, 0)."""
+        return 1.0, 0.0, 0.0
+
+
+@dataclass(frozen=True)
+class PI(Controller):
+    """Proportional-integral control.
+
+    Attributes:
+        beta: β, the weight of the previous error, in units of 1/k.
+    """
+
+    beta: float = 0.2
+
+    @property
+    def betas(self) -> tuple[float, float, float]:
+        """(1 − ¾β, −β, 0)."""
+        return 1.0 - 0.75 * self.beta, -self.beta, 0.0
+
+
+@dataclass(frozen=True)
+class PID(Controller):
+    """Proportional-integral-derivative control.
+
+    Attributes:
+        p, i, d: the coefficients of the three parts, in units of 1/k.
+    """
+
+    p: float = 0.4
+    i: float = 0.3
+    d: float = 0.0
+
+    @property
+    def betas(self) -> tuple[float, float, float]:
+        """(p + i + d, −(p + 2d), d)."""
+        return self.p + self.i + self.d, -(self.p + 2.0 * self.d), self.d

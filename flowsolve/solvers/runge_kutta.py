@@ -13,55 +13,128 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
-from flowsolve._batch import per_sample
+from flowsolve._batch import take
 from flowsolve.charts import CHARTS, Chart
 from flowsolve.flow import Flow
+from flowsolve.kernels import Slopes
 from flowsolve.paths import Path
-from flowsolve.solvers.base import Query, Solver, State, Step, Stepper, in_chart, inverse, scaled
-from flowsolve.solvers.tableaus import CLASSIC4, EULER, HEUN, KUTTA3, MIDPOINT, Tableau
+from flowsolve.solvers.base import Nodes, Query, SlopeSolver, State, Step, Stepper, in_chart, inverse, scaled
+from flowsolve.solvers.tableaus import CLASSIC4, EULER, HEUN, KUTTA3, MIDPOINT, RALSTON, Tableau
 
-__all__ = ["RK4", "Euler", "Heun", "Midpoint", "RungeKutta"]
+__all__ = [
+    "RK4",
+    "Euler",
+    "Heun",
+    "Midpoint",
+    "Ralston",
+    "RungeKutta",
+    "Stride",
+    "ask_stages",
+    "gathered",
+    "look",
+    "nodes_of",
+]
+
+Vector = NDArray[np.float64]
 
 SHORTER = {t.evaluations: t for t in (EULER, HEUN, KUTTA3, CLASSIC4)}
 
 
-def advance(y: Tensor, h: Any, weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
-    """y + h Σ w_i k_i, with h a float or one number a sample."""
-    if isinstance(h, Tensor):
-        return y + per_sample(h, y) * weighted(weights, slopes) if slopes else y
-    for w, k in zip(weights, slopes, strict=False):
-        if w != 0.0:
-            y = torch.add(y, k, alpha=h * w)
-    return y
+class Stride(NamedTuple):
+    """A step that was made: what its interpolant is made of.
 
-
-def weighted(weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
-    """Σ w_i k_i over the slopes at hand."""
-    terms = [(w, k) for w, k in zip(weights, slopes, strict=False) if w != 0.0]
-    total = terms[0][0] * terms[0][1]
-    for w, k in terms[1:]:
-        total = torch.add(total, k, alpha=w)
-    return total
-
-
-def stages(
-    tableau: Tableau, y: Tensor, s: Any, s_next: Any, h: Any, slopes: list[Tensor], count: int
-) -> Generator[Query, Tensor, Tensor]:
-    """Ask for the first `count` slopes of a step, append those not yet there, and return the last stage's state.
-
-    A node with c = 1 sits at s_next to the bit.
+    Attributes:
+        tableau: the method.
+        slopes: the state before, shape (B, *S), and the slopes at hand, in the order of the stages.
+        ahead: the state after.
+        s, s_next: times: floats, or float64 arrays of shape (B,).
+        h: signed sizes, float64 of shape (1,) or (B,).
     """
-    stage = y
-    for i in range(len(slopes), count):
-        node = s if i == 0 else s_next if tableau.c[i] == 1.0 else s + tableau.c[i] * h
-        stage = advance(y, h, tableau.a[i], slopes)
-        slopes.append((yield Query(stage, node)))
+
+    tableau: Tableau
+    slopes: Slopes
+    ahead: Tensor
+    s: Any
+    s_next: Any
+    h: Vector
+
+    @property
+    def missing(self) -> int:
+        """The slopes that the interpolant still has to ask for."""
+        return len(self.tableau.dense) - len(self.slopes)
+
+
+def ask_stages(
+    tableau: Tableau, nodes: Nodes | Sequence[float], h: Vector, slopes: Slopes, first: int
+) -> Generator[Query, Tensor, Tensor]:
+    """Ask for the slopes of stages `first` … of a step from slopes.y, append them, and return the last stage's state.
+
+    Args:
+        nodes: their times.
+        h: signed sizes of the step, shape (B,) or (1,).
+    """
+    rows, append, advance, stage = tableau.rows, slopes.append, slopes.advance, slopes.y
+    if isinstance(nodes, Nodes):
+        for i in range(len(nodes.table)):
+            if first + i:
+                stage = advance(h, *rows[first + i])
+            append((yield Query(stage, None, nodes, i)))
+    else:
+        for i, t in enumerate(nodes, first):
+            if i:
+                stage = advance(h, *rows[i])
+            append((yield Query(stage, t)))
     return stage
+
+
+def nodes_of(tableau: Tableau, first: int, last: int, s: Any, s_next: Any, h: Vector) -> Any:
+    """The times of stages first … last − 1; a node with c = 1 sits at s_next to the bit."""
+    c = tableau.nodes[first:last]
+    if isinstance(s, float):
+        step = s_next - s
+        return [s if v == 0.0 else s_next if v == 1.0 else s + v * step for v in c.tolist()]
+    table = s + c[:, None] * h
+    table[c == 1.0] = s_next
+    return Nodes(table)
+
+
+def look(stride: Stride, rows: NDArray[np.int64] | None, theta: Any) -> Generator[Query, Tensor, Tensor]:
+    """The state within a step, at s + θ h.
+
+    Args:
+        rows: the samples to look at, in rising order and possibly repeated; None for all.
+        theta: one θ for each of them, float64; or a float for all.
+    """
+    tableau, slopes, _, s, s_next, h = stride
+    where: NDArray[np.int64] | None = None
+    if rows is not None:
+        unique, where = np.unique(rows, return_inverse=True)
+        slopes = gathered(slopes, unique)
+        s, s_next, h = s[unique], s_next[unique], h[unique]
+    elif stride.missing:
+        slopes = gathered(slopes, None)
+    if stride.missing:
+        nodes = nodes_of(tableau, len(slopes), len(tableau.dense), s, s_next, h)
+        yield from ask_stages(tableau, nodes, h, slopes, len(slopes))
+    if where is not None and len(where) != len(s):
+        slopes, h = gathered(slopes, where), h[where]
+    return slopes.advance(h, np.arange(len(slopes)), tableau.weights(np.atleast_1d(theta)))
+
+
+def gathered(slopes: Slopes, rows: NDArray[np.int64] | None) -> Slopes:
+    """The state and slopes of some samples, by position; None for a container of its own for all."""
+    pick = (lambda v: v) if rows is None else partial(take, index=rows)
+    chosen = Slopes(pick(slopes.y))
+    for k in slopes.tensors:
+        chosen.append(pick(k))
+    return chosen
 
 
 def _compose(total: int, sizes: list[int]) -> list[int] | None:
@@ -75,8 +148,18 @@ def _compose(total: int, sizes: list[int]) -> list[int] | None:
 
 
 @dataclass(frozen=True)
-class RungeKutta(Solver):
-    """An explicit Runge–Kutta method on a fixed grid."""
+class RungeKutta(SlopeSolver):
+    """An explicit Runge–Kutta method on a fixed grid; a subclass names its tableau.
+
+    Examples:
+        >>> class SSPRK3(fs.solvers.RungeKutta):  # Shu and Osher 1988
+        ...     tableau = fs.solvers.Tableau(
+        ...         "ssprk3", 3, c=(0.0, 1.0, 0.5), a=((), (1.0,), (0.25, 0.25)), b=(1 / 6, 1 / 6, 2 / 3)
+        ...     )
+        >>> sol = fs.solve(lambda t, y: -y, torch.ones(1, 1, dtype=torch.float64), 0.0, 1.0, solver=SSPRK3(), nfe=300)
+        >>> round(float(sol.x), 7)  # 1/e = 0.3678794…
+        0.3678794
+    """
 
     tableau: ClassVar[Tableau]
 
@@ -115,21 +198,21 @@ class RungeKutta(Solver):
         def step(state: State, t: float, t_next: float, evaluations: int) -> Step:
             y = scaled(inverse(ruler.scale(path.at(t))), state.x)
             inner = self.stride(y, ruler.clock(path, t), ruler.clock(path, t_next), evaluations)
-            y = yield from in_chart(inner, ruler, path)
+            y = (yield from in_chart(inner, ruler, path)).ahead
             return state.advance(scaled(ruler.scale(path.at(t_next)), y))
 
         return step
 
     def step(self, state: State, t: float, t_next: float, evaluations: int) -> Step:
         """One step of a plain ODE from t to t_next."""
-        return state.advance((yield from self.stride(state.x, t, t_next, evaluations)))
+        return state.advance((yield from self.stride(state.x, t, t_next, evaluations)).ahead)
 
-    def stride(self, y: Tensor, s: float, s_next: float, evaluations: int) -> Generator[Query, Tensor, Tensor]:
-        """y at s_next from y at s, by exactly that many evaluations."""
-        tableau = self.method(evaluations)
-        slopes: list[Tensor] = []
-        yield from stages(tableau, y, s, s_next, s_next - s, slopes, evaluations)
-        return advance(y, s_next - s, tableau.b, slopes)
+    def stride(self, y: Tensor, s: float, s_next: float, evaluations: int) -> Generator[Query, Tensor, Stride]:
+        """The step from y at s to s_next, by exactly that many evaluations."""
+        tableau, h = self.method(evaluations), np.array([s_next - s])
+        slopes = Slopes(y)
+        yield from ask_stages(tableau, nodes_of(tableau, 0, evaluations, s, s_next, h), h, slopes, 0)
+        return Stride(tableau, slopes, slopes.advance(h, *tableau.solution), s, s_next, h)
 
 
 @dataclass(frozen=True)
@@ -151,6 +234,13 @@ class Heun(RungeKutta):
     """Heun's method (the explicit trapezoid), order 2, 2 evaluations a step."""
 
     tableau = HEUN
+
+
+@dataclass(frozen=True)
+class Ralston(RungeKutta):
+    """Ralston's method, order 2 with the least bound on its local error, 2 evaluations a step."""
+
+    tableau = RALSTON
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,201 @@
+r"""Kernels: the three passes over the state that a Runge–Kutta step consists of.
+
+| kernel | computes | state-sized reads |
+|---|---|---|
+| `Slopes.advance` | $y' = y + h \sum_j w_{bj} k_j$: a stage, or the new state | 1 + m |
+| `Slopes.error_norm` | the norm of $h \sum_j w_{bj} k_j$ in units of atol + rtol·max(\|y\|, \|y'\|) | 2 + m |
+| `merge` | the new state where a step was accepted, the old one elsewhere | 1 |
+
+On the host, `aim` and `judge` are the arithmetic of step control (`flowsolve.kernels.control`).
+
+Each has a twin in plain torch (`flowsolve.kernels.twin`), which runs anywhere and which autograd sees through, and
+fused versions that pass over memory once: numba on the CPU (`cpu`), Triton on CUDA (`cuda`). The fused ones serve where
+no gradient is recorded and the tensors are contiguous and plain.
+
+**When is a compiler worth waiting for?** Loading the compiled kernels costs about a second (the first time on a
+machine, some more), so a short solve must not wait for them. The rule is the ski rental's: the twin serves until it has
+cost what loading would (by a fixed estimate of its work, not by a clock, so that a program's numbers are the same
+whenever it runs), then the kernels are loaded and kept on disk. `use` says otherwise, for a block or, in the
+environment variable FLOWSOLVE_KERNELS, for a process: "auto", "torch" (twins only) or "fused" (at once).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flowsolve.kernels import control, twin
+from flowsolve.kernels.control import Law, Verdict
+from flowsolve.kernels.twin import host, largest, rms
+
+__all__ = ["Law", "Slopes", "Verdict", "aim", "host", "judge", "largest", "merge", "rms", "use"]
+
+MODES = ("auto", "torch", "fused")
+PRICE = 1.0  # seconds that loading costs
+CALL, BYTE = 2e-4, 1e-9  # estimated seconds that a step costs more without the kernels, and per byte of the state
+
+Vector = NDArray[np.float64]
+Indices = NDArray[np.int64]
+Norm = Callable[[Tensor], Tensor]
+
+SERVED = frozenset((torch.float32, torch.float64))
+_within_transform = torch._C._functorch.maybe_current_level  # vmap, jvp, …: their tensors have no memory to point at
+
+START = os.environ.get("FLOWSOLVE_KERNELS", "auto")
+if START not in MODES:
+    raise ValueError(f"the environment variable FLOWSOLVE_KERNELS is {START!r}; expected one of {', '.join(MODES)}")
+_mode: ContextVar[str] = ContextVar("kernels", default=START)
+_rent = {"cpu": 0.0, "cuda": 0.0}
+_loaded: dict[str, ModuleType | None] = {}
+
+
+@contextmanager
+def use(mode: str) -> Iterator[None]:
+    """Run a block with "auto", "torch" (twins only) or "fused" (compiled at once) kernels."""
+    if mode not in MODES:
+        raise ValueError(f"kernels.use({mode!r}); expected one of {', '.join(MODES)}")
+    token = _mode.set(mode)
+    try:
+        yield
+    finally:
+        _mode.reset(token)
+
+
+class Slopes:
+    """The slopes of a step from y, and what is computed from them.
+
+    Args:
+        y: the state before the step, shape (B, *S).
+
+    Below, h has one number a sample or a single one, and weights one row a sample or a single one: float64 of shapes
+    (B or 1,) and (B or 1, m), for the m slopes at the positions `stages`.
+    """
+
+    __slots__ = ("_kernels", "_plan", "_recording", "tensors", "y")
+
+    def __init__(self, y: Tensor) -> None:
+        self.y = y
+        self.tensors: list[Tensor] = []
+        self._recording = torch.is_grad_enabled()
+        self._kernels = _fused(y, self._recording)
+        self._plan: Any = None if self._kernels is None else self._kernels.plan(y)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __getitem__(self, i: int) -> Tensor:
+        return self.tensors[i]
+
+    def append(self, k: Tensor) -> None:
+        """Add a slope of y's shape."""
+        kernels = self._kernels
+        if kernels is not None:
+            i = len(self.tensors)
+            if i < kernels.MOST and _plain(k, self.y.dtype, self._recording):
+                self._plan[kernels.FIRST + i] = k.data_ptr()
+            else:
+                self._kernels = None
+        self.tensors.append(k)
+
+    def advance(self, h: Vector, stages: Indices, weights: Vector) -> Tensor:
+        """y + h Σ_j w_j k_j."""
+        if self._kernels is not None:
+            return self._kernels.advance(self.y, self._plan, h, stages, weights)  # type: ignore[no-any-return]
+        return twin.weighted([self.tensors[i] for i in stages], h[:, None] * weights, self.y)
+
+    def error_norm(
+        self, h: Vector, stages: Indices, weights: Vector, ahead: Tensor, atol: float, rtol: float, norm: Norm
+    ) -> Tensor:
+        """The norm of each sample's local error h Σ_j w_j k_j in units of its tolerance, (B,).
+
+        Args:
+            ahead: the state after the step; where that is not finite, neither is the error.
+            atol, rtol: the tolerances.
+            norm: (B, *S) → (B,); the fused kernels know `rms` and `largest`.
+        """
+        if self._kernels is not None and norm in (rms, largest) and _plain(ahead, self.y.dtype, self._recording):
+            kernel = self._kernels.error_norm
+            return kernel(self.y, self._plan, h, stages, weights, ahead, atol, rtol, norm)  # type: ignore[no-any-return]
+        slopes = [self.tensors[i] for i in stages]
+        return twin.error_norm(slopes, h[:, None] * weights, self.y, ahead, atol, rtol, norm)
+
+
+def merge(accepted: NDArray[np.bool_], passed: int, new: Tensor, old: Tensor) -> Tensor:
+    """The rows of `new` where accepted, those of `old` elsewhere; free where all agree.
+
+    Args:
+        accepted: bool of shape (B,).
+        passed: how many there are.
+    """
+    if passed == len(accepted):
+        return new
+    if not passed:
+        return old
+    recording = torch.is_grad_enabled()
+    kernels = _fused(old, recording) if _plain(new, old.dtype, recording) else None
+    return (kernels or twin).merge(accepted, new, old)  # type: ignore[no-any-return]
+
+
+def aim(real: Vector, s_end: float, c: Vector) -> tuple[Vector, Vector, Vector]:
+    """Sizes, ends and nodes of the next attempt; see `flowsolve.kernels.control.aim`."""
+    return (_host() or control).aim(real, s_end, c)  # type: ignore[no-any-return]
+
+
+def judge(
+    error: Vector, real: Vector, counts: Indices, h: Vector, s_next: Vector, s_end: float, law: Vector
+) -> Verdict:
+    """What becomes of an attempt; see `flowsolve.kernels.control.judge`."""
+    compiled = _host()
+    if compiled is None:
+        return control.judge(error, real, counts, h, s_next, s_end, law)
+    return Verdict(*compiled.judge(error, real, counts, h, s_next, s_end, law))
+
+
+def _host() -> ModuleType | None:
+    """The module compiled for the host, if it is there already."""
+    return None if _mode.get() == "torch" else _loaded.get("cpu")
+
+
+def _plain(v: Tensor, dtype: torch.dtype, recording: bool) -> bool:
+    """Whether a tensor is a dense block of numbers of that dtype that no gradient is recorded for."""
+    return v.dtype is dtype and type(v) is Tensor and v.is_contiguous() and not (recording and v.requires_grad)
+
+
+def _fused(y: Tensor, recording: bool) -> ModuleType | None:
+    """The module of fused kernels that is to serve a state, if any."""
+    mode, dtype = _mode.get(), y.dtype
+    if mode == "torch" or dtype not in SERVED or not _plain(y, dtype, recording) or not y.numel():
+        return None
+    kind = "cpu" if y.is_cpu else y.device.type
+    if kind not in _rent or _within_transform() is not None or torch.compiler.is_compiling():
+        return None
+    if kind not in _loaded:
+        _rent[kind] += CALL + BYTE * y.numel() * y.element_size()
+        if mode == "auto" and _rent[kind] < PRICE:
+            return None
+        _loaded[kind] = _load(kind)
+    return _loaded[kind]
+
+
+def _load(kind: str) -> ModuleType | None:
+    """The module of fused kernels for a kind of device; None, and a warning in the log, if it cannot be had."""
+    try:
+        if kind == "cpu":
+            from flowsolve.kernels import cpu as module
+        else:
+            from flowsolve.kernels import cuda as module  # type: ignore[no-redef,attr-defined]
+        module.probe()
+    except Exception as error:  # whatever a compiler may raise: the twins serve as well
+        logging.getLogger(__name__).warning("no fused kernels on %s, plain torch serves: %s", kind, error)
+        return None
+    return module

@@ -1,0 +1,75 @@
+"""The kernels in plain torch: for every device and dtype, for autograd, and for the fused ones to be tested against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flowsolve._batch import rows
+
+__all__ = ["error_norm", "host", "largest", "merge", "rms", "scale", "weighted"]
+
+
+def rms(x: Tensor) -> Tensor:
+    """The root mean square of each sample: (B, *S) to (B,)."""
+    return rows(x).square().mean(1).sqrt()
+
+
+def largest(x: Tensor) -> Tensor:
+    """The largest magnitude in each sample: (B, *S) to (B,)."""
+    magnitude: Tensor = torch.linalg.vector_norm(rows(x), torch.inf, dim=1)
+    return magnitude
+
+
+def host(v: Tensor) -> NDArray[np.float64]:
+    """Numbers of a device as float64 on the host: the one read that an adaptive step waits for."""
+    return v.detach().to("cpu", torch.float64).numpy()
+
+
+def weighted(slopes: Sequence[Tensor], weights: NDArray[np.float64], base: Tensor | None = None) -> Tensor:
+    """base + Σ_j w_j k_j, with weights of shape (1, m) or (B, m); see `flowsolve.kernels.Slopes.advance`."""
+    total, fresh = base, False  # fresh: `total` is ours to write to
+    if len(weights) == 1:
+        for w, k in zip(weights[0].tolist(), slopes, strict=True):
+            total = w * k if total is None else (total.add_ if fresh else total.add)(k, alpha=w)
+            fresh = not total.requires_grad
+    else:
+        like = slopes[0]
+        table = torch.from_numpy(weights).to(like.device, like.dtype).reshape(*weights.shape, *[1] * (like.ndim - 1))
+        for w, k in zip(table.unbind(1), slopes, strict=True):
+            total = w * k if total is None else (total.addcmul_ if fresh else total.addcmul)(w, k)
+            fresh = not total.requires_grad
+    if total is None:
+        raise ValueError("nothing to add up: no slopes and no state")
+    return total
+
+
+def scale(size: Tensor, atol: float, rtol: float) -> Tensor:
+    """The tolerance of each number; kept from 0, so that a number that is 0 and stays 0 has no error."""
+    return (rtol * size).add_(atol).clamp_min_(torch.finfo(size.dtype).tiny)
+
+
+def error_norm(
+    slopes: Sequence[Tensor],
+    weights: NDArray[np.float64],
+    y: Tensor,
+    ahead: Tensor,
+    atol: float,
+    rtol: float,
+    norm: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """The norm of the local error in units of the tolerance; see `flowsolve.kernels.Slopes.error_norm`."""
+    with torch.no_grad():
+        local = weighted(slopes, weights)
+        local = torch.add(local, ahead, alpha=0.0)  # an infinite state is an infinite error, whatever the scale
+        return norm(local.div_(scale(torch.maximum(y.abs(), ahead.abs()), atol, rtol)))
+
+
+def merge(accepted: NDArray[np.bool_], new: Tensor, old: Tensor) -> Tensor:
+    """The rows of `new` where accepted, those of `old` elsewhere."""
+    mask = torch.from_numpy(accepted).to(new.device)
+    return torch.where(mask.reshape(-1, *[1] * (new.ndim - 1)), new, old)

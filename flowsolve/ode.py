@@ -1,0 +1,352 @@
+r"""`solve`: any ODE dy/dt = f(t, y), over any tree of tensors, in either direction.
+
+Times of output (`t_eval`) do not disturb the steps: the state there comes from the method's interpolant
+(`flowsolve.solvers.tableaus`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import reduce
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from flowsolve import grids
+from flowsolve._arguments import check_gradient, check_solver, state
+from flowsolve._batch import Context, state_dtype
+from flowsolve.drivers import Ask, collect, march, pursue, resident
+from flowsolve.gradients import Backsolve, parameters_of
+from flowsolve.planning import share, whole
+from flowsolve.solution import Solution
+from flowsolve.solvers.adaptive import Adaptive, Status
+from flowsolve.solvers.base import Foreign, Query, SlopeSolver, Solver, State
+from flowsolve.solvers.runge_kutta import RungeKutta
+
+__all__ = ["solve", "trajectory"]
+
+
+def solve(
+    f: Callable[[Tensor, Any], Any],
+    y0: Any,
+    t0: float | Tensor,
+    t1: float | Tensor,
+    *,
+    solver: Solver,
+    nfe: int | None = None,
+    t_eval: Sequence[float] | Tensor | None = None,
+    batched: bool = True,
+    progress: bool = False,
+    throw: bool = True,
+    gradient: str = "direct",
+) -> Solution:
+    """Solve any ODE dy/dt = f(t, y) from t0 to t1, in either direction.
+
+    Args:
+        f: the right-hand side. Its t is a tensor that broadcasts against y: 0-dimensional on a fixed grid, of shape
+            (B, 1, …, 1) in an adaptive solve, where every sample has its own time; (B, 1) where y is a tree.
+        y0: initial state: a tensor, or a tree (tuple, list, dict) of them, of shapes (B, *S), or any shapes with
+            batched=False. f is given and returns the same tree.
+        t0, t1: the interval. Tensors that require gradients receive them, for one evaluation each.
+        solver: a Runge–Kutta solver.
+        nfe: evaluations to spend on equal steps, or the most a sample may spend with an adaptive solver.
+        t_eval: times at which to return the state, strictly monotone from t0 towards t1; the last of them ends the
+            solve. Between steps the state is interpolated, which costs nothing, except with Dopri8 (3 evaluations in a
+            step looked into) and with embedded methods on a fixed grid (1).
+        batched: the first axis of y0 numbers independent samples; False makes y0 one system with one step size and
+            0-dimensional t.
+        progress: show a progress bar (needs tqdm).
+        throw: raise if any sample fails.
+        gradient: "direct", "checkpoint" (memory of O(√steps)) or "adjoint"; see `flowsolve.gradients`.
+
+    Returns:
+        A `Solution`, with x of y0's shape, or (T, *y0.shape) with t_eval, NaN where a sample did not get. Gradients
+        flow if autograd records them.
+
+    Raises:
+        SolverError: a sample failed and throw is True.
+        ValueError, TypeError: bad times, budget, solver, or shape of f's result.
+
+    Examples:
+        >>> y0 = torch.tensor([[1.0], [2.0]], dtype=torch.float64)
+        >>> sol = fs.solve(lambda t, y: -2 * t * y, y0, 0.0, 1.0, solver=fs.solvers.Dopri5(1e-8, 1e-8))
+        >>> torch.allclose(sol.x, y0 * torch.tensor(-1.0, dtype=torch.float64).exp(), atol=1e-7)
+        True
+        >>> swing = lambda t, y: {"x": y["v"], "v": -y["x"]}
+        >>> sol = fs.solve(swing, {"x": y0, "v": 0 * y0}, 0, 3.141592653589793, solver=fs.solvers.Tsit5(1e-9, 1e-9))
+        >>> torch.allclose(sol.x["x"], -y0, atol=1e-7)
+        True
+    """
+    check_solver(solver)
+    if not isinstance(solver, SlopeSolver):
+        raise TypeError(f"{solver!r} works on flows only; a plain ODE needs a Runge–Kutta solver such as Dopri5()")
+    check_gradient(gradient, solver)
+    nfe = whole(nfe)
+    start, stops = float(t0), _stops(float(t0), float(t1), t_eval)
+    layout = _Layout(y0, batched)
+    y = layout.pack(y0)
+    _check_resolution(start, stops[-1], y.dtype)
+    given = [t for t in (t0, t1, t_eval) if isinstance(t, Tensor) and t.requires_grad]
+
+    def ask(query: Query, context: Any) -> Tensor:
+        x, nodes = query.x, query.nodes
+        if nodes is None:
+            t = query.t
+            if isinstance(t, Tensor):
+                time = layout.time(t.to(x.device, x.dtype))
+            else:
+                time = torch.full((), t, dtype=x.dtype, device=x.device)
+        else:
+            time = nodes.once(ask, lambda times: layout.time(times.to(x.device, x.dtype)).unbind(0))[query.row]
+        return layout.slope(f, time, x)
+
+    intervals = None
+    if not solver.chooses_steps:
+        if nfe is None:
+            raise ValueError(f"{type(solver).__name__} steps on a fixed grid: give nfe=…")
+        counts = solver.schedule(nfe)
+        times = share(grids.fractions(start, stops[-1], nfe), counts)
+        intervals = list(zip(times, times[1:], counts, strict=False))
+
+    context = Context(None, len(y))
+    extra = 0
+    if isinstance(t0, Tensor) and t0.requires_grad:
+        y, extra = y - _shift(t0) * _slope(ask, y, start, context), 1
+    states, solution = trajectory(
+        y, start, stops, ask, context, solver=solver, intervals=intervals, budget=nfe, dense=t_eval is not None,
+        mode=gradient if torch.is_grad_enabled() else "direct", functions=[f], progress=progress,
+    )  # fmt: skip
+    if given:
+        ends = [t1] if t_eval is None else list(t_eval)
+        moved = []
+        for x, end, stop in zip(states, ends, stops, strict=True):
+            if isinstance(end, Tensor) and end.requires_grad:
+                x, extra = x + _shift(end) * _slope(ask, x, stop, context), extra + 1
+            moved.append(x)
+        states = torch.stack(moved)
+    solution = replace(solution, nfe=solution.nfe + extra)
+    if t_eval is None:
+        solution = replace(solution, x=layout.unpack(states[-1]))
+    else:
+        solution = replace(solution, x=layout.unpack(states, lead=1), t_eval=torch.tensor(stops, dtype=torch.float64))
+    return solution.raise_on_failure() if throw else solution
+
+
+def trajectory(
+    y: Tensor,
+    start: float,
+    stops: Sequence[float],
+    ask: Ask,
+    context: Context,
+    *,
+    solver: SlopeSolver,
+    intervals: Sequence[tuple[float, float, int]] | None = None,
+    budget: int | None = None,
+    dense: bool = False,
+    mode: str = "direct",
+    functions: Sequence[Any] = (),
+    progress: bool = False,
+) -> tuple[Tensor, Solution]:
+    """The states of an ODE at some stops, and the solution at the last.
+
+    Args:
+        y: the state at the start, shape (B, *S).
+        start: the time there.
+        stops: times, strictly monotone from the start on.
+        ask: dy/ds for a query.
+        context: what belongs to the samples.
+        intervals: (s, s_next, evaluations) of a fixed grid that ends at the last stop; None for an adaptive solve.
+        budget: the most evaluations a sample may cost in an adaptive solve.
+        dense: whether the states at all stops are wanted, rather than the last.
+        mode: how gradients are recorded, if autograd does; see `flowsolve.gradients`.
+        functions: where to look for parameters ("adjoint").
+
+    Returns:
+        States of shape (T, B, *S), with T = 1 unless dense; and the solution, whose times are the clock of the solve.
+    """
+    if mode == "adjoint":
+        return _adjoint(y, start, stops, ask, context, solver, intervals, budget, dense, functions, progress)
+    end, count = stops[-1], len(y)
+    wanted = stops if dense else [end]
+    if count == 0 or start == end:
+        zero = torch.zeros(count, dtype=torch.int64)
+        there = torch.full((count,), start, dtype=torch.float64)
+        return y.expand(len(wanted), *y.shape), Solution(y, zero, zero, zero, zero, there)
+    if isinstance(solver, Foreign):
+        states, nfe, status = solver.trajectory(
+            lambda t, x: ask(Query(x, t), context.tree), y, start, wanted, budget, functions
+        )
+        zero, there = torch.zeros_like(nfe), torch.where(status == Status.SUCCESS, end, start)
+        return states, Solution(states[-1], nfe, status, zero, zero, there)
+    if intervals is not None:
+        watch: dict[int, list[float]] = {}
+        assert isinstance(solver, RungeKutta)
+        for stop in stops if dense else ():
+            if stop != start:
+                i = next(i for i, (_, b, _) in enumerate(intervals) if abs(stop - start) <= abs(b - start))
+                watch.setdefault(i, []).append(stop)
+        seen, solution = march(
+            solver.step, State(y), intervals, ask, context.tree, start=start, watch=watch, solver=solver,
+            segments=mode == "checkpoint", progress=progress,
+        )  # fmt: skip
+        if not dense:
+            return solution.x.unsqueeze(0), solution
+        return torch.stack([y, *seen] if stops[0] == start else seen), solution
+    assert isinstance(solver, Adaptive)
+    parts = list(
+        pursue(
+            solver,
+            resident(y, context),
+            start,
+            end,
+            ask,
+            width=count,
+            stops=stops if dense else (),
+            budget=budget,
+            segments=mode == "checkpoint",
+            progress=progress,
+            total=count,
+        )
+    )
+    looks, solution = collect(parts, y, len(stops) if dense else 0)
+    return solution.x.unsqueeze(0) if looks is None else looks, solution
+
+
+def _adjoint(
+    y: Tensor,
+    start: float,
+    stops: Sequence[float],
+    ask: Ask,
+    context: Context,
+    solver: SlopeSolver,
+    intervals: Any,
+    budget: int | None,
+    dense: bool,
+    functions: Sequence[Any],
+    progress: bool,
+) -> tuple[Tensor, Solution]:
+    """`trajectory` without a graph, and the adjoint solve in its place."""
+    with torch.no_grad():
+        states, solution = trajectory(
+            y.detach(), start, stops, ask, context, solver=solver, intervals=intervals, budget=budget, dense=dense,
+            progress=progress,
+        )  # fmt: skip
+    solution.raise_on_failure()  # a sample that did not arrive has no way back
+    if start == stops[-1] or not len(y):
+        return states, solution
+    if context.requires_grad:
+        raise ValueError("the adjoint carries no gradients to per-sample conditioning; use gradient='checkpoint'")
+    one = context.select(np.zeros(1, dtype=np.int64))
+    with torch.enable_grad():
+        ends = [(y[:1].detach(), start), (states[-1][:1].detach(), stops[-1])]
+        slopes = [ask(Query(x, torch.full((1,), s, dtype=torch.float64)), one.tree) for x, s in ends]
+    assert isinstance(solver, RungeKutta)
+    problem = Backsolve(solver, ask, context, start, list(stops) if dense else [stops[-1]], intervals)
+    states = problem.attach(y, states, parameters_of(functions, slopes))
+    return states, replace(solution, x=states[-1])
+
+
+def _slope(ask: Ask, y: Tensor, t: float, context: Context) -> Tensor:
+    """f at one time, without gradients."""
+    with torch.no_grad():
+        return ask(Query(y.detach(), torch.full((len(y),), t, dtype=torch.float64)), context.tree)  # type: ignore[no-any-return]
+
+
+def _shift(t: Tensor) -> Tensor:
+    """0, with the derivative of t."""
+    return t - t.detach()
+
+
+class _Layout:
+    """How the state that f knows is held as one tensor of shape (B, *S)."""
+
+    def __init__(self, y0: Any, batched: bool) -> None:
+        leaves, self.spec = tree_flatten(y0)
+        self.tree = not isinstance(y0, Tensor)
+        for leaf in leaves or [None]:
+            if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+                got = f"dtype {leaf.dtype}" if isinstance(leaf, Tensor) else type(leaf).__name__
+                raise TypeError(f"the state y0 holds a {got}; expected floating-point tensors")
+        self.single = not batched or any(leaf.ndim == 0 for leaf in leaves)
+        if not self.single and len({len(leaf) for leaf in leaves}) > 1:
+            sizes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves)
+            raise ValueError(
+                f"the tensors of y0 have shapes {sizes}; expected the same first dimension, the batch, or batched=False"
+            )
+        self.shapes = [leaf.shape for leaf in leaves]
+        self.dtypes = [leaf.dtype for leaf in leaves]
+        self.sizes = [(shape if self.single else shape[1:]).numel() for shape in self.shapes]
+        self.dtype = reduce(torch.promote_types, (state_dtype(leaf) for leaf in leaves))
+
+    def pack(self, y0: Any) -> Tensor:
+        """The state as it is integrated."""
+        leaves, _ = tree_flatten(y0)
+        if not self.tree:
+            return state(leaves[0].unsqueeze(0) if self.single else leaves[0])
+        return torch.cat([self._row(leaf.to(self.dtype)) for leaf in leaves], 1)
+
+    def unpack(self, x: Tensor, lead: int = 0, like: bool = False) -> Any:
+        """The state as f knows it, behind `lead` more dimensions; with the leaves' own dtypes if `like`."""
+        if not self.tree:
+            return x.squeeze(lead) if self.single else x
+        front, count = x.shape[:lead], x.shape[lead]
+        leaves = []
+        for part, shape, dtype in zip(x.split(self.sizes, -1), self.shapes, self.dtypes, strict=True):
+            leaf = part.reshape(*front, *shape) if self.single else part.reshape(*front, count, *shape[1:])
+            leaves.append(leaf.to(dtype) if like else leaf)
+        return tree_unflatten(leaves, self.spec)
+
+    def time(self, t: Tensor) -> Tensor:
+        """Times of shape (…, B) as f is given them."""
+        if self.single:
+            return t[..., 0]
+        return t.reshape(*t.shape, *[1] * (1 if self.tree else len(self.shapes[0]) - 1))
+
+    def slope(self, f: Callable[[Tensor, Any], Any], t: Tensor, x: Tensor) -> Tensor:
+        """f(t, y) as one tensor."""
+        if not self.tree:
+            given = x[0] if self.single else x
+            slope = f(t, given)
+            if not isinstance(slope, Tensor) or slope.shape != given.shape:
+                got = tuple(slope.shape) if isinstance(slope, Tensor) else type(slope).__name__
+                raise ValueError(f"f(t, y) returned {got} for y of shape {tuple(given.shape)}; expected the same shape")
+            slope = slope.unsqueeze(0) if self.single else slope
+            return slope if slope.dtype is x.dtype else slope.to(x.dtype)
+        given = self.unpack(x, like=True)
+        leaves, spec = tree_flatten(f(t, given))
+        expected = [v.shape for v in tree_flatten(given)[0]]
+        if spec != self.spec or [getattr(v, "shape", None) for v in leaves] != expected:
+            found = [tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for v in leaves]
+            raise ValueError(
+                f"f(t, y) returned a tree with {found}; expected that of y0, with {[tuple(s) for s in expected]}"
+            )
+        return torch.cat([self._row(v.to(x.dtype)) for v in leaves], 1)
+
+    def _row(self, leaf: Tensor) -> Tensor:
+        return leaf.reshape(1, -1) if self.single else leaf.reshape(len(leaf), -1)
+
+
+def _stops(t0: float, t1: float, t_eval: Sequence[float] | Tensor | None) -> list[float]:
+    if t_eval is None:
+        return [t1]
+    stops = [float(t) for t in t_eval]
+    sign = 1.0 if t1 >= t0 else -1.0
+    line = [sign * t for t in (t0, *stops, t1)]
+    if not stops or any(b < a for a, b in pairwise(line)) or len(set(stops)) < len(stops):
+        raise ValueError(f"t_eval = {stops}; expected strictly monotone times from t0 = {t0:g} towards t1 = {t1:g}")
+    return stops
+
+
+def _check_resolution(t0: float, t1: float, dtype: torch.dtype) -> None:
+    """f reads time in the state's dtype, which must tell the times of the interval apart."""
+    grain = torch.finfo(dtype).eps * max(abs(t0), abs(t1))
+    if t0 != t1 and grain > 1e-3 * abs(t1 - t0):
+        raise ValueError(
+            f"between t0 = {t0!r} and t1 = {t1!r} the {str(dtype).removeprefix('torch.')} numbers that f reads as t "
+            f"are {grain:.2g} apart; give y0 in float64, or measure time from t0"
+        )
