@@ -25,18 +25,17 @@ and because starting at $t_0 + \delta$ is starting at $t_0$ from $y_0 - \delta f
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from flowsolve._batch import Context, per_sample
+from flowsolve._parameters import parameters_of
 from flowsolve.drivers import Ask, collect, pursue, resident
 from flowsolve.solvers.adaptive import Adaptive, Attempt
 from flowsolve.solvers.base import Query, run
@@ -100,9 +99,11 @@ class Backsolve:
             )
             _, solution = collect(parts, joint, 0)
             return solution.raise_on_failure().x[:, 1]
+        low, high = min(s, target), max(s, target)
         for a, b, evaluations in reversed(self.intervals or ()):
-            if min(a, b) >= min(s, target) and max(a, b) <= max(s, target):
-                stride = run(self.solver.stride(joint, b, a, evaluations), self._answer(self.context))
+            first, last = (min(max(v, low), high) for v in (b, a))  # a stop may lie within an interval
+            if first != last:
+                stride = run(self.solver.stride(joint, first, last, evaluations), self._answer(self.context))
                 self._add(stride, None, self.context, parameters, sums)
                 joint = stride.ahead
         return joint[:, 1]
@@ -160,41 +161,3 @@ class _Adjoint(torch.autograd.Function):
         with torch.no_grad():
             a, sums = ctx.problem.back(states, gradients, parameters)
         return (None, None, a, *sums)
-
-
-def parameters_of(functions: Iterable[Any], slopes: Iterable[Tensor]) -> list[Tensor]:
-    """The parameters of a right-hand side: those of modules it is, wraps or closes over, and the leaves of its graph.
-
-    Args:
-        functions: callables to search for modules.
-        slopes: results of the right-hand side, whose graphs end in its leaves.
-    """
-    found: dict[int, Tensor] = {}
-    for f in functions:
-        for module in _modules(f, 3):
-            found.update({id(p): p for p in module.parameters() if p.requires_grad})
-    for slope in slopes:
-        stack, seen = [slope.grad_fn], set()
-        while stack:
-            node = stack.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            if hasattr(node, "variable"):
-                found[id(node.variable)] = node.variable
-            stack += [parent for parent, _ in node.next_functions]
-    return list(found.values())
-
-
-def _modules(f: Any, depth: int) -> list[nn.Module]:
-    """Modules that a callable is, wraps or closes over."""
-    if isinstance(f, nn.Module):
-        return [f]
-    if depth == 0:
-        return []
-    inner: list[Any] = [getattr(f, "__self__", None)]
-    if isinstance(f, functools.partial):
-        inner += [f.func, *f.args, *f.keywords.values()]
-    elif inspect.isfunction(f):
-        inner += inspect.getclosurevars(f).nonlocals.values()
-    return [m for v in inner if v is not None for m in _modules(v, depth - 1)]

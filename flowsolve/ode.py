@@ -87,11 +87,10 @@ def solve(
         raise TypeError(f"{solver!r} works on flows only; a plain ODE needs a Runge–Kutta solver such as Dopri5()")
     check_gradient(gradient, solver)
     nfe = whole(nfe)
-    start, stops = float(t0), _stops(float(t0), float(t1), t_eval)
+    start, stops = _number(t0), _stops(_number(t0), _number(t1), t_eval)
     layout = _Layout(y0, batched)
     y = layout.pack(y0)
     _check_resolution(start, stops[-1], y.dtype)
-    given = [t for t in (t0, t1, t_eval) if isinstance(t, Tensor) and t.requires_grad]
 
     def ask(query: Query, context: Any) -> Tensor:
         x, nodes = query.x, query.nodes
@@ -121,8 +120,8 @@ def solve(
         y, start, stops, ask, context, solver=solver, intervals=intervals, budget=nfe, dense=t_eval is not None,
         mode=gradient if torch.is_grad_enabled() else "direct", functions=[f], progress=progress,
     )  # fmt: skip
-    if given:
-        ends = [t1] if t_eval is None else list(t_eval)
+    ends = [t1] if t_eval is None else list(t_eval)
+    if any(isinstance(end, Tensor) and end.requires_grad for end in ends):
         moved = []
         for x, end, stop in zip(states, ends, stops, strict=True):
             if isinstance(end, Tensor) and end.requires_grad:
@@ -331,10 +330,14 @@ class _Layout:
         return leaf.reshape(1, -1) if self.single else leaf.reshape(len(leaf), -1)
 
 
+def _number(t: float | Tensor) -> float:
+    return float(t.detach() if isinstance(t, Tensor) else t)
+
+
 def _stops(t0: float, t1: float, t_eval: Sequence[float] | Tensor | None) -> list[float]:
     if t_eval is None:
         return [t1]
-    stops = [float(t) for t in t_eval]
+    stops = [_number(t) for t in t_eval]
     sign = 1.0 if t1 >= t0 else -1.0
     line = [sign * t for t in (t0, *stops, t1)]
     if not stops or any(b < a for a, b in pairwise(line)) or len(set(stops)) < len(stops):

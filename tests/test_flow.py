@@ -6,12 +6,13 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from flowsolve import Flow
-from flowsolve._batch import linear, per_sample, select
+from flowsolve._batch import Context, linear, per_sample
 from flowsolve.paths import EDM, VP, CondOT, Cosine, Discrete, Path, Trig
 from flowsolve.predictions import Estimate, Prediction, Row, SingularEstimate
 from tests.cases import PATHS
@@ -316,12 +317,24 @@ def test_repr_says_what_it_is() -> None:
 
 
 def test_conditioning_is_cut_to_the_samples_asked() -> None:
-    index = torch.tensor([2, 0])
     cond = {"labels": torch.tensor([10, 11, 12]), "scale": torch.tensor(2.0), "table": torch.zeros(5, 2), "name": "a"}
-    cut = select(cond, 3, index)
+    context = Context(cond, 3)
+    assert context.tree is cond
+    cut = context.select(np.array([2, 0])).tree
     assert cut["labels"].tolist() == [12, 10]
     assert all(cut[k] is cond[k] for k in ("scale", "table", "name"))
-    assert select(cond, 3, None) == cond
+
+
+def test_what_is_a_sample_s_own_is_settled_when_the_batch_is_made() -> None:
+    """A table of 2 rows beside 3 samples is no sample's own, not even when 2 samples are left."""
+    context = Context({"labels": torch.tensor([10, 11, 12]), "table": torch.arange(2)}, 3)
+    two = context.select(np.array([0, 2]))
+    one = two.select(np.array([1]))
+    assert one.tree["labels"].tolist() == [12]
+    assert one.tree["table"].tolist() == [0, 1]
+    joined = two.joined(one).tree
+    assert joined["labels"].tolist() == [10, 12, 12]
+    assert joined["table"].tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -366,9 +379,8 @@ def test_declarations_are_checked_when_the_flow_is_built(options: Any, error: An
 
 
 def test_conditioning_in_containers_is_cut_with_its_samples() -> None:
-    index = torch.tensor([2, 0])
     rows = torch.arange(3.0)
-    cut = select({"a": {"b": rows, "c": 1}, "d": [rows, torch.ones(2)]}, 3, index)
+    cut = Context({"a": {"b": rows, "c": 1}, "d": [rows, torch.ones(2)]}, 3).select(np.array([2, 0])).tree
     assert cut["a"]["b"].tolist() == [2.0, 0.0]
     assert cut["a"]["c"] == 1
     assert cut["d"][0].tolist() == [2.0, 0.0]

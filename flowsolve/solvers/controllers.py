@@ -23,7 +23,7 @@ from dataclasses import dataclass
 __all__ = ["PI", "PID", "Controller", "I"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Controller:
     """What all controllers share; a subclass says its β.
 

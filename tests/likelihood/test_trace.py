@@ -51,7 +51,7 @@ def test_hutchinson_has_its_textbook_mean_and_variance():
     noise = Noise.of(0, 1)
     signs = noise.rademacher(2, 0, X.new_empty(1, count * 7)).reshape(count, 1, 7)
     x = X[:1].clone().requires_grad_()
-    draws = Hutchinson(signs)(field(x), x, None, graph=False)[0]
+    draws = Hutchinson(count)(field(x), x, signs.transpose(0, 1), graph=False)[0]
     symmetric = 0.5 * (JACOBIANS[0] + JACOBIANS[0].T)
     variance = 2.0 * (symmetric.square().sum() - symmetric.diagonal().square().sum())
     assert abs(draws.mean() - JACOBIANS[0].trace()) < 5 * (variance / count).sqrt()
@@ -60,9 +60,10 @@ def test_hutchinson_has_its_textbook_mean_and_variance():
 
 def test_probes_follow_their_samples():
     noise = Noise.of(3, 5)
-    estimator = resolve("hutchinson", 2, X, noise)
+    estimator = resolve("hutchinson", 2)
     x = X.clone().requires_grad_()
-    whole = estimator(field(x), x, None, False)
+    whole = estimator(field(x), x, estimator.draw(X, noise), False)
     index = torch.tensor([3, 0])
     part = X[index].clone().requires_grad_()
-    assert torch.allclose(estimator(field(part), part, index, False), whole[index], rtol=1e-12)
+    probes = estimator.draw(X[index], noise.select(index))
+    assert torch.allclose(estimator(field(part), part, probes, False), whole[index], rtol=1e-12)

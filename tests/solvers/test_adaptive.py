@@ -21,8 +21,7 @@ import flowsolve as fs
 from flowsolve import Status
 from flowsolve.paths import CondOT, Discrete
 from flowsolve.problems import GaussianMixture
-from flowsolve.solvers import PI, Dopri5
-from flowsolve.solvers.adaptive import rms
+from flowsolve.solvers import PI, PID, Controller, Dopri5, I, rms
 from flowsolve.solvers.base import run
 
 Field = Callable[[Tensor, Tensor], Tensor]
@@ -401,8 +400,8 @@ def test_a_fixed_grid_isolates_a_failure_too() -> None:
 # --- the error test --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("controller", [PI(), PI(beta=0.0), PI(safety=0.99, min_factor=0.5)], ids=repr)
-def test_a_step_that_fails_its_error_test_is_never_accepted(controller: PI) -> None:
+@pytest.mark.parametrize("controller", [I(), PI(), PI(safety=0.99, min_factor=0.5), PID(0.2, 0.4, 0.1)], ids=repr)
+def test_a_step_that_fails_its_error_test_is_never_accepted(controller: Controller) -> None:
     """Every attempt is made by hand: its error is read from the norm, and the state moves if and only if it is ≤ 1."""
     errors: list[Tensor] = []
 
@@ -421,18 +420,22 @@ def test_a_step_that_fails_its_error_test_is_never_accepted(controller: PI) -> N
     failures = 0
     for _ in range(60):
         before, calls = state, len(errors)
-        state = run(solver.attempt(before, 1.0), ask)
+        attempt = run(solver.attempt(before, 1.0), ask)
+        state = attempt.state
         assert len(errors) == calls + 1
-        passed = errors[-1] <= 1.0
+        passed = (errors[-1] <= 1.0).numpy()
+        assert (attempt.accepted == passed).all()
         failures += int((~passed).sum())
         assert ((state.s != before.s) == passed).all()
-        assert ((state.y != before.y).any(1) == passed).all()
+        assert ((state.y != before.y).any(1).numpy() == passed).all()
         assert (state.accepted - before.accepted == passed).all()
         assert (state.rejected - before.rejected == ~passed).all()
-        assert (state.h.abs()[~passed] < before.h.abs()[~passed]).all(), "a failed step is retried with a smaller one"
+        assert (np.abs(state.h)[~passed] < np.abs(before.h)[~passed]).all(), (
+            "a failed step is retried with a smaller one"
+        )
         assert (state.s[passed] - before.s[passed] <= before.h[passed] * 1.000001).all()
-        state = state.mark(torch.ones(16, dtype=torch.bool), Status.RUNNING)
-        if bool((state.s >= 0.9).any()):
+        state = state.mark(np.ones(16, dtype=bool), Status.RUNNING)
+        if (state.s >= 0.9).any():
             break
     assert failures > 5
 
@@ -448,7 +451,7 @@ def test_the_error_estimate_is_the_difference_of_the_two_solutions() -> None:
     lam, h = -1.3, 0.25
     solver = Dopri5(rtol=0.0, atol=1.0, first_step=h, norm=norm)
     state = run(solver.begin(of([2.0]), 0.0, 1.0), lambda q: lam * q.x)
-    state = run(solver.attempt(state, 1.0), lambda q: lam * q.x)
+    state = run(solver.attempt(state, 1.0), lambda q: lam * q.x).state
     z = lam * h
     five = 1 + z + z**2 / 2 + z**3 / 6 + z**4 / 24 + z**5 / 120 + z**6 / 600
     assert float(state.y) == pytest.approx(2 * five, rel=1e-14)
@@ -515,7 +518,7 @@ def test_batches_of_one_and_none() -> None:
 
 
 @pytest.mark.parametrize("stops", [[0.25, 1.0, 2.0], [0.0, 0.5], [2.0], [0.1, 0.2, 0.3, 1.9]])
-def test_t_eval_equals_separate_solves(stops: list[float]) -> None:
+def test_t_eval_is_on_the_solution_and_does_not_disturb_it(stops: list[float]) -> None:
     solver = Dopri5(rtol=1e-10, atol=1e-10)
     f, rows = counted(pendulum)
     sol = fs.solve(f, STARTS, 0.0, 2.0, solver=solver, t_eval=stops)
@@ -524,29 +527,32 @@ def test_t_eval_equals_separate_solves(stops: list[float]) -> None:
     assert sol.t_eval.tolist() == stops
     assert sum(rows) == int(sol.nfe.sum())
     for x, stop in zip(sol.x, stops, strict=True):
-        torch.testing.assert_close(x, fs.solve(pendulum, STARTS, 0.0, stop, solver=solver).x, rtol=1e-8, atol=1e-8)
         if stop:
-            torch.testing.assert_close(x, reference(STARTS, 0.0, stop), rtol=1e-8, atol=1e-8)
+            # The interpolant is of order 4, one less than the steps.
+            torch.testing.assert_close(x, reference(STARTS, 0.0, stop), rtol=1e-6, atol=1e-6)
+        else:
+            assert (x == STARTS).all()
+    assert (sol.nfe == fs.solve(pendulum, STARTS, 0.0, stops[-1], solver=solver).nfe).all(), "stops disturb the steps"
 
 
 def test_t_eval_backwards_on_a_fixed_grid_and_refusals() -> None:
-    stops = [1.0, 0.5, 0.0]
+    stops = [1.0, 0.4999, 0.0]
     fixed = fs.solve(pendulum, STARTS, 2.0, 0.0, solver=fs.solvers.RK4(), nfe=4 * 200, t_eval=stops)
     adaptive = fs.solve(pendulum, STARTS, 2.0, 0.0, solver=Dopri5(1e-10, 1e-10), t_eval=stops)
-    torch.testing.assert_close(fixed.x, adaptive.x, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(fixed.x, adaptive.x, rtol=1e-6, atol=1e-6)
     for bad in ([0.5, 0.2], [3.0], [], [-0.1], [0.5, 0.5]):
         with pytest.raises(ValueError, match="t_eval"):
             fs.solve(pendulum, STARTS, 0.0, 2.0, solver=Dopri5(), t_eval=bad)
-    with pytest.raises(ValueError, match="node"):
-        fs.solve(pendulum, STARTS, 0.0, 2.0, solver=fs.solvers.RK4(), nfe=40, t_eval=[0.33])
 
 
-def test_a_sample_that_fails_before_a_stop_keeps_its_status_after_it() -> None:
+def test_a_sample_that_fails_before_a_stop_has_no_state_there() -> None:
     y0 = of([0.1, 1.0], [0.2, 7.0])
     sol = fs.solve(broken(7.0, 0.5), y0, 0.0, 1.0, solver=Dopri5(), t_eval=[0.25, 0.75, 1.0], throw=False)
     assert sol.status.tolist() == [Status.SUCCESS, Status.NONFINITE]
     assert float(sol.t[1]) <= 0.5
-    assert (sol.x[1, 1] == sol.x[2, 1]).all()
+    assert sol.x[0].isfinite().all()
+    assert sol.x[1:, 1].isnan().all()
+    assert sol.x[1:, 0].isfinite().all()
     assert float(sol.t[0]) == 1.0
 
 
