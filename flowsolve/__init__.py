@@ -1,6 +1,6 @@
 """Numerical ODE and SDE solvers for generative flows."""
 
-from flowsolve import adapters, charts, grids, paths, predictions, problems, solvers, training
+from flowsolve import adapters, batching, charts, grids, paths, predictions, problems, solvers, training
 from flowsolve._version import __version__
 from flowsolve.flow import Flow
 from flowsolve.integrate import encode, sample
@@ -20,6 +20,7 @@ __all__ = [
     "Status",
     "__version__",
     "adapters",
+    "batching",
     "bits_per_dim",
     "charts",
     "encode",

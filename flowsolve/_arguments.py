@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from flowsolve._batch import state_dtype
 from flowsolve.flow import Flow
 from flowsolve.gradients import MODES
-from flowsolve.solvers.base import Foreign, Solver
+from flowsolve.solvers.base import Foreign, ForeignSDE, Solver
 from flowsolve.solvers.runge_kutta import RungeKutta
 
 __all__ = [
@@ -72,7 +72,7 @@ def check_gradient(gradient: str, solver: Solver) -> None:
     """Raise unless gradient names a way to differentiate a solve, and the solver has it."""
     if gradient not in MODES:
         raise ValueError(f"gradient = {gradient!r} is not known; expected one of {', '.join(MODES)}")
-    if gradient != "direct" and isinstance(solver, Foreign):
+    if gradient != "direct" and isinstance(solver, Foreign | ForeignSDE):
         raise TypeError(f"{solver!r} runs a loop of its own; drop gradient={gradient!r} (its own options may have one)")
     if gradient == "adjoint" and not isinstance(solver, RungeKutta):
         raise TypeError(

@@ -37,7 +37,7 @@ from flowsolve.solvers.adaptive import Adaptive, AdaptiveState, Attempt, Status
 from flowsolve.solvers.base import Query, State, Stepper, run
 from flowsolve.solvers.runge_kutta import RungeKutta, look
 
-__all__ = ["Arrivals", "Ask", "Finished", "collect", "march", "pursue", "resident"]
+__all__ = ["Arrivals", "Ask", "Finished", "checks", "collect", "march", "pursue", "resident", "settle"]
 
 CHECKS = 64
 Count = NDArray[np.int64]
@@ -49,7 +49,7 @@ RUNNING = control.RUNNING
 class Ask(Protocol):
     """Answers a query."""
 
-    def __call__(self, query: Query, context: Any) -> Any:
+    def __call__(self, query: Query, context: Any, /) -> Any:
         """The answer that the step expects: a slope, or for `march` with a solver of estimates an estimate.
 
         Args:
@@ -82,8 +82,7 @@ def march(
     Returns:
         The states at the times watched, in order, and the solution at the last node.
     """
-    count, steps = state.x.shape[0], len(intervals)
-    every = -(-steps // CHECKS) if steps else 1
+    steps, nodes = len(intervals), checks(len(intervals))
     calls, seen, magnitudes, checked = 0, [], [], []
     counting = True
 
@@ -105,7 +104,7 @@ def march(
                     looks.append(run(look(stride, None, (stop - t) / (t_next - t)), answer) if inside else now.x)
             else:
                 now = run(step(now, t, t_next, evaluations), answer)
-            if counting and ((i + 1) % every == 0 or i + 1 == steps):
+            if counting and i in nodes:
                 magnitudes.append(largest(now.x.detach()))
                 checked.append(t_next)
             if counting:
@@ -124,15 +123,37 @@ def march(
             seen += looks
         counting = False  # from here on only gradients may call
 
+    return seen, settle(x, torch.stack(magnitudes) if magnitudes else None, checked, start, calls, steps)
+
+
+def checks(steps: int) -> frozenset[int]:
+    """The steps of a march after which to look whether all is finite: the last, and at most 64 in all."""
+    every = -(-steps // CHECKS) if steps else 1
+    return frozenset(i for i in range(steps) if (i + 1) % every == 0 or i + 1 == steps)
+
+
+def settle(
+    x: Tensor, magnitudes: Tensor | None, checked: Sequence[float], start: float, calls: int, steps: int
+) -> Solution:
+    """The solution of a march that ended in x.
+
+    Args:
+        magnitudes: the largest number of each sample at some nodes, (n, B): the one read of a march.
+        checked: the times of those nodes.
+        start: the time at which the march began.
+        calls: evaluations made.
+        steps: steps made.
+    """
+    count = len(x)
     whole = torch.zeros(count, dtype=torch.int64)
     t, status = torch.full((count,), start, dtype=torch.float64), whole + Status.SUCCESS
-    if steps:
-        bad = ~torch.isfinite(torch.stack(magnitudes)).cpu()
+    if magnitudes is not None:
+        bad = ~torch.isfinite(magnitudes).cpu()
         ends = torch.tensor(checked, dtype=torch.float64)
         failed = bad.any(0)
         t = torch.where(failed, ends[bad.int().argmax(0)], ends[-1])
         status = torch.where(failed, int(Status.NONFINITE), status)
-    return seen, Solution(x, whole + calls, status, whole + steps, whole, t)
+    return Solution(x, whole + calls, status, whole + steps, whole, t)
 
 
 class Finished(NamedTuple):

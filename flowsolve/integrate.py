@@ -8,36 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flowsolve import charts
-from flowsolve._arguments import (
-    check_flow,
-    check_gradient,
-    check_grid,
-    check_interval,
-    check_solver,
-    device_of,
-    shape_of,
-    state,
-)  # fmt: skip
-from flowsolve._batch import Context, choose, rows
+from flowsolve._arguments import check_flow, check_interval, device_of, shape_of, state
 from flowsolve.charts import Chart
-from flowsolve.drivers import Ask, march
 from flowsolve.flow import Flow
 from flowsolve.noise import START, Noise
-from flowsolve.ode import trajectory
-from flowsolve.paths import Path
-from flowsolve.planning import estimates, plan, within
+from flowsolve.passage import Passage
 from flowsolve.solution import Solution
-from flowsolve.solvers.adaptive import Status
-from flowsolve.solvers.base import Query, SlopeSolver, Solver, State, inverse, scaled, slope_in
+from flowsolve.solvers.base import Solver
+from flowsolve.streaming import Chunk, Job, stream
 
-__all__ = ["encode", "estimator", "integrate", "sample"]
+__all__ = ["encode", "integrate", "passed", "recording", "sample"]
 
 
 def sample(
@@ -55,10 +40,12 @@ def sample(
     cond: Mapping[str, Any] | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    batch: int | None = None,
     progress: bool = False,
     throw: bool = True,
     grad: bool | None = None,
     gradient: str = "direct",
+    capture: bool = False,
 ) -> Solution:
     """Sample a flow: carry noise at interval[0] to the state at interval[1].
 
@@ -76,10 +63,14 @@ def sample(
         cond: passed to the network; tensors whose first dimension is B are taken per sample.
         device: where to start from noise; by default where the network is.
         dtype: dtype of the state to start from, by default float32; half precisions are raised to it.
+        batch: the most samples the network sees at a time, by default all. With an adaptive solver a sample that
+            finishes makes room for the next, so that batches stay full (`flowsolve.streaming`).
         progress: show a progress bar (needs tqdm).
         throw: raise if any sample fails; otherwise its status says so.
         grad: record gradients; by default only if `start` requires them.
         gradient: how: "direct", "checkpoint" (memory of O(√steps)) or "adjoint"; see `flowsolve.gradients`.
+        capture: on CUDA and a fixed grid: record the solve as a CUDA graph the first time, replay it from then on
+            (`flowsolve.capture`).
 
     Returns:
         A `Solution`; its x has the state's dtype, float32 at least.
@@ -122,7 +113,7 @@ def sample(
         noise = Noise.for_batch(seed, state(start).shape[0], samples)
     return integrate(
         flow, start, interval, solver=solver, nfe=nfe, grid=grid, chart=chart, noise=noise, cond=cond,
-        progress=progress, throw=throw, grad=grad, gradient=gradient,
+        batch=batch, progress=progress, throw=throw, grad=grad, gradient=gradient, capture=capture,
     )  # fmt: skip
 
 
@@ -136,6 +127,7 @@ def encode(
     chart: str | Chart | None = None,
     interval: tuple[float, float] | None = None,
     cond: Mapping[str, Any] | None = None,
+    batch: int | None = None,
     progress: bool = False,
     throw: bool = True,
     grad: bool | None = None,
@@ -162,7 +154,7 @@ def encode(
     interval = interval or (flow.path.window[1], 0.0)
     check_interval(interval)
     return integrate(
-        flow, x, interval, solver=solver, nfe=nfe, grid=grid, chart=chart, cond=cond, progress=progress,
+        flow, x, interval, solver=solver, nfe=nfe, grid=grid, chart=chart, cond=cond, batch=batch, progress=progress,
         throw=throw, grad=grad, gradient=gradient,
     )  # fmt: skip
 
@@ -178,113 +170,44 @@ def integrate(
     chart: str | Chart | None = None,
     noise: Noise | None = None,
     cond: Mapping[str, Any] | None = None,
+    batch: int | None = None,
     progress: bool = False,
     throw: bool = True,
     grad: bool | None = None,
     gradient: str = "direct",
+    capture: bool = False,
 ) -> Solution:
     """Solve a flow over an interval of flow time in either direction; `sample` and `encode` without their defaults."""
-    ruler = None if chart is None else charts.resolve(chart)
-    check_solver(solver)
-    check_gradient(gradient, solver)
     x = state(x)
-    budget = estimates(nfe, flow)
-    context = Context(dict(cond or {}), x.shape[0])
-    answer = estimator(flow)
-    path, (start, end) = flow.path, interval
-    with _gradients(x, grad):
-        mode = gradient if torch.is_grad_enabled() else "direct"
-        if solver.chooses_steps:
-            check_grid(grid, solver)
-            closing = start <= path.window[1] < end
-            last = path.window[1] if closing else end
-            left = None if budget is None else budget - closing
-            for t in (start, last):
-                within(path, t)
-                flow.require(t, "the interval")
-            solution = _charted(flow, x, [start, last], solver, ruler, context, mode, left, None, progress)
-        else:
-            steps = plan(solver, flow, interval, grid, budget, ruler)
-            closing, last = steps.closing, steps.times[-2]
-            intervals = steps.intervals[:-1] if closing else steps.intervals
-            if mode == "adjoint":
-                times = steps.times[:-1] if closing else steps.times
-                counts = [n for _, _, n in intervals]
-                solution = _charted(flow, x, times, solver, ruler, context, mode, None, counts, progress)
-            else:
-                begin, segments = State(x, noise=noise), mode == "checkpoint"
-                _, solution = march(
-                    solver.on(path, ruler), begin, intervals, answer, context.tree, start=start, segments=segments,
-                    progress=progress,
-                )  # fmt: skip
-        if closing:
-            solution = _close(solution, path, last, end, answer, context)
-    solution = replace(solution, nfe=solution.nfe * flow.nfe_per_call)
+    noise = noise or Noise.for_batch(0, len(x))
+    passage = Passage(
+        flow,
+        interval,
+        solver=solver,
+        nfe=nfe,
+        grid=grid,
+        chart=chart,
+        seed=noise.seed,
+        gradient=gradient,
+        capture=capture,
+    )
+    chunk = Chunk(x, dict(cond or {}), noise.samples)
+    with recording(x, grad):
+        solution: Solution = passed(passage, chunk, batch, progress)
     return solution.raise_on_failure() if throw else solution
 
 
-def estimator(flow: Flow) -> Ask:
-    """The function that answers a query for the estimate at (x, t), by one call of the network."""
-
-    def answer(query: Query, context: Any) -> Any:
-        if query.point is None:
-            return flow.estimate(query.x, query.t, **context)
-        return flow.read(query.x, flow.call(query.x, query.t, **context), query.point)
-
-    return answer
-
-
-def _charted(
-    flow: Flow,
-    x: Tensor,
-    times: Sequence[float],
-    solver: Solver,
-    chart: Chart | None,
-    context: Context,
-    mode: str,
-    budget: int | None,
-    counts: Sequence[int] | None,
-    progress: bool,
-) -> Solution:
-    """A solve of a flow as the plain ODE it is in a chart: adaptive, or on the grid of times with those step costs."""
-    assert isinstance(solver, SlopeSolver)
-    path, ruler = flow.path, chart or charts.CHARTS["straight"]
-    for t in (times[0], times[-1]):
-        ruler.require(path, t)
-    clock = [ruler.clock(path, t) for t in times]
-    _, solution = trajectory(
-        scaled(inverse(ruler.scale(path.at(times[0]))), x),
-        clock[0],
-        [clock[-1]],
-        slope_in(ruler, path, estimator(flow)),
-        context,
-        solver=solver,
-        intervals=None if counts is None else list(zip(clock, clock[1:], counts, strict=False)),
-        budget=budget,
-        mode=mode,
-        functions=[flow.net],
-        progress=progress,
-    )
-    reached = torch.where(solution.t == clock[-1], times[-1], torch.as_tensor(ruler.time(path, solution.t)))
-    return replace(solution, x=scaled(ruler.scale(path.at(reached)), solution.x), t=reached)
-
-
-def _close(solution: Solution, path: Path, edge: float, end: float, ask: Ask, context: Context) -> Solution:
-    """Take the samples that arrived at the window's edge to the end, with the estimate at the edge."""
-    there = path.at(end)
-    closed = ask(Query(solution.x, edge), context.tree).combine(there.alpha, there.sigma)
-    finite = torch.isfinite(rows(closed.detach())).all(1).cpu()
-    return replace(
-        solution,
-        x=choose(solution.ok, closed, solution.x),
-        t=torch.where(solution.ok, end, solution.t),
-        status=torch.where(solution.ok & ~finite, int(Status.NONFINITE), solution.status),
-        nfe=solution.nfe + 1,
-    )
+def passed(job: Job, chunk: Chunk, batch: int | None, progress: bool) -> Any:
+    """The result of a job for one chunk, as one batch or with at most `batch` samples under way at a time."""
+    if batch is None:
+        y, context = job.enter(chunk)
+        return job.leave(job.run(y, context, progress), context)
+    (result,) = stream(job, [chunk], batch, progress=progress, total=len(chunk.x))
+    return result
 
 
 @contextmanager
-def _gradients(x: Tensor, grad: bool | None) -> Iterator[None]:
+def recording(x: Tensor, grad: bool | None) -> Iterator[None]:
     """Record gradients if asked to, or, by default, if the input requires them."""
     wanted = x.requires_grad if grad is None else grad
     with torch.set_grad_enabled(wanted and torch.is_grad_enabled()):

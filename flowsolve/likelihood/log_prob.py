@@ -29,11 +29,12 @@ import torch
 from torch import Tensor
 
 from flowsolve import charts
-from flowsolve._arguments import check_flow, check_gradient, check_grid, check_solver, size_of, state
+from flowsolve._arguments import check_flow, check_gradient, check_grid, check_solver, state
 from flowsolve._batch import Context, per_sample, rows
 from flowsolve.charts import Chart
 from flowsolve.drivers import Ask
 from flowsolve.flow import Flow
+from flowsolve.integrate import passed
 from flowsolve.likelihood import trace as traces
 from flowsolve.noise import Noise
 from flowsolve.ode import trajectory
@@ -41,8 +42,9 @@ from flowsolve.planning import estimates, plan
 from flowsolve.solution import Solution
 from flowsolve.solvers.adaptive import Adaptive
 from flowsolve.solvers.base import Query, SlopeSolver, Solver, charted, scaled
+from flowsolve.streaming import Chunk
 
-__all__ = ["LogProb", "log_prob"]
+__all__ = ["LogProb", "Reading", "log_prob"]
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ def log_prob(
     interval: tuple[float, float] | None = None,
     prior: Callable[[Tensor], Tensor] | None = None,
     cond: Mapping[str, Any] | None = None,
+    batch: int | None = None,
     progress: bool = False,
     throw: bool = True,
     grad: bool | None = None,
@@ -101,6 +104,7 @@ def log_prob(
         interval: flow times (from data, to noise), by default from the data end of the network's window to 0.
         prior: log-density (B, *S) → (B,) of the state at interval[1], by default that of N(0, prior_std²).
         cond: passed to the network; tensors whose first dimension is B are taken per sample.
+        batch: the most samples the network sees at a time, by default all; see `flowsolve.sample`.
         progress: show a progress bar (needs tqdm).
         throw: raise if any sample fails.
         grad: record gradients; by default only if x requires them. True also serves parameters.
@@ -123,108 +127,150 @@ def log_prob(
         True
     """
     check_flow(flow, cond)
-    check_solver(solver)
-    if not isinstance(solver, SlopeSolver):
-        raise TypeError(f"solver is {solver!r}; log_prob needs a Runge–Kutta solver such as Dopri5() or RK4()")
-    path = flow.path
-    start, end = interval or (path.window[1], 0.0)
-    if not 0.0 <= end < start <= path.window[1]:
-        raise ValueError(
-            f"interval = {(start, end)!r}; expected times that fall from data to noise, within the network's window "
-            f"[0, {path.window[1]:g}]"
-        )
-    if prior is None and end != 0.0:
-        raise ValueError(f"the interval ends at t = {end:g}, where the density is not the prior's; give prior=…")
-    ruler = charts.CHARTS["straight"] if chart is None else charts.resolve(chart)
-    for t in (start, end):
-        ruler.require(path, t)
-    budget = estimates(nfe, flow)
-    if torch.is_inference_mode_enabled():
-        raise RuntimeError("log_prob differentiates the network, which inference_mode forbids; use no_grad instead")
     x = state(x)
     graph = torch.is_grad_enabled() and (x.requires_grad if grad is None else grad)
-    if gradient == "adjoint":
-        raise ValueError("log_prob has no adjoint: it would take third derivatives; use gradient='checkpoint'")
-    check_gradient(gradient, solver)
-    mode = gradient if graph else "direct"
-    count, size = x.shape[0], size_of(x)
-    noise = Noise.for_batch(seed, count, samples)
-    estimator = traces.resolve(trace, probes)
-    context = Context({"cond": dict(cond or {}), "probes": estimator.draw(x.detach(), noise)}, count)
-    answer = _joint_field(flow, ruler, estimator, x.shape, graph)
-    first = rows(x) / ruler.scale(path.at(start))
-    joint = torch.cat((first, first.new_zeros(count, estimator.count)), 1)
-    s_start, s_end = ruler.clock(path, start), ruler.clock(path, end)
-    control: Solver = solver
-    intervals: list[tuple[float, float, int]] | None = None
+    reading = Reading(
+        flow, interval, solver=solver, trace=trace, probes=probes, seed=seed, nfe=nfe, grid=grid, chart=chart,
+        prior=prior, gradient=gradient, graph=graph,
+    )  # fmt: skip
+    noise = Noise.for_batch(seed, len(x), samples)
     with torch.set_grad_enabled(graph):
+        found: LogProb = passed(reading, Chunk(x, dict(cond or {}), noise.samples), batch, progress)
+    if throw:
+        found.solution.raise_on_failure()
+    return found
+
+
+class Reading:
+    """A likelihood, planned once for any number of batches; a `flowsolve.streaming.Job`.
+
+    Args: those of `log_prob`; graph keeps derivatives.
+    """
+
+    def __init__(
+        self,
+        flow: Flow,
+        interval: tuple[float, float] | None = None,
+        *,
+        solver: Solver,
+        trace: str = "hutchinson",
+        probes: int = 1,
+        seed: int = 0,
+        nfe: int | None = None,
+        grid: Any = None,
+        chart: str | Chart | None = None,
+        prior: Callable[[Tensor], Tensor] | None = None,
+        gradient: str = "direct",
+        graph: bool = False,
+        shared: Mapping[str, Any] | None = None,
+    ) -> None:
+        check_solver(solver)
+        if not isinstance(solver, SlopeSolver):
+            raise TypeError(f"solver is {solver!r}; log_prob needs a Runge–Kutta solver such as Dopri5() or RK4()")
+        if gradient == "adjoint":
+            raise ValueError("log_prob has no adjoint: it would take third derivatives; use gradient='checkpoint'")
+        check_gradient(gradient, solver)
+        path = flow.path
+        start, end = interval or (path.window[1], 0.0)
+        if not 0.0 <= end < start <= path.window[1]:
+            raise ValueError(
+                f"interval = {(start, end)!r}; expected times that fall from data to noise, within the network's "
+                f"window [0, {path.window[1]:g}]"
+            )
+        if prior is None and end != 0.0:
+            raise ValueError(f"the interval ends at t = {end:g}, where the density is not the prior's; give prior=…")
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("log_prob differentiates the network, which inference_mode forbids; use no_grad instead")
+        self.flow, self.start, self.end = flow, start, end
+        self.gradient = gradient
+        self.seed, self.prior, self.shared = seed, prior, dict(shared or {})
+        self.mode, self.graph = gradient if graph else "direct", graph
+        self.trace = traces.resolve(trace, probes)
+        self.ruler = charts.CHARTS["straight"] if chart is None else charts.resolve(chart)
+        for t in (start, end):
+            self.ruler.require(path, t)
+        self.budget, self.grid = estimates(nfe, flow), None
         if solver.chooses_steps:
             check_grid(grid, solver)
             for t in (start, end):
                 flow.require(t, "the interval")
-
-            control = _controlled(solver, size, x.shape[1:])
         else:
-            steps = plan(solver, flow, (start, end), grid, budget, ruler)
-            clock = [ruler.clock(path, t) for t in steps.times]
-            intervals = list(zip(clock, clock[1:], steps.evaluations, strict=False))
-        assert isinstance(control, SlopeSolver)
+            steps = plan(solver, flow, (start, end), grid, self.budget, self.ruler)
+            clock = [self.ruler.clock(path, t) for t in steps.times]
+            self.grid = list(zip(clock, clock[1:], steps.evaluations, strict=False))
+        self.shape: tuple[int, ...] = ()  # of a sample, learnt from the first
+        self.solver = self._controlled(solver)
+
+    def enter(self, chunk: Chunk) -> tuple[Tensor, Context]:
+        """The joint state (B, D + probes): y, and log-determinants that start at 0."""
+        x = state(chunk.x)
+        shape = tuple(x.shape[1:])
+        if self.shape not in ((), shape):
+            raise ValueError(f"samples of shape {shape} follow some of shape {self.shape}; expected one shape")
+        self.shape = shape
+        probes = self.trace.draw(x.detach(), Noise(self.seed, chunk.samples))
+        context = Context({"cond": {**self.shared, **chunk.cond}, "probes": probes}, len(x))
+        first = rows(x) / self.ruler.scale(self.flow.path.at(self.start))
+        return torch.cat((first, first.new_zeros(len(x), self.trace.count)), 1), context
+
+    def _controlled(self, solver: Solver) -> Solver:
+        """The solver with norms of their own for the state and its log-determinants, whichever is larger."""
+        if not isinstance(solver, Adaptive):
+            return solver
+        inner, probes = solver.norm, self.trace.count
+
+        def norm(e: Tensor) -> Tensor:
+            return torch.maximum(inner(e[:, :-probes].reshape(-1, *self.shape)), e[:, -probes:].abs().amax(1))
+
+        return replace(solver, norm=norm)
+
+    def ode(self) -> tuple[float, float, Ask, int | None]:
+        """The joint ODE in the chart: start, end, right-hand side and budget."""
+        path, ruler = self.flow.path, self.ruler
+        return ruler.clock(path, self.start), ruler.clock(path, self.end), self.field, self.budget
+
+    def run(self, y: Tensor, context: Context, progress: bool) -> Solution:
+        """The solve of a whole batch."""
+        start, end, ask, budget = self.ode()
+        assert isinstance(self.solver, SlopeSolver)
         _, solution = trajectory(
-            joint, s_start, [s_end], answer, context, solver=control, intervals=intervals, budget=budget, mode=mode,
-            progress=progress,
+            y, start, [end], ask, context, solver=self.solver, intervals=self.grid, budget=budget, mode=self.mode,
+            functions=[self.flow.net], progress=progress,
         )  # fmt: skip
-        latent = solution.x[:, :size].reshape(x.shape) * ruler.scale(path.at(end))
+        return solution
+
+    def leave(self, solution: Solution, context: Context) -> LogProb:
+        """log p from the log-determinants and the density of the latent."""
+        path, ruler, size = self.flow.path, self.ruler, math.prod(self.shape)
         logdets = solution.x[:, size:]
-        base = normal_log_prob(latent, path.prior_std) if prior is None else prior(latent)
-        change = size * math.log(ruler.scale(path.at(end)) / ruler.scale(path.at(start)))
+        latent = solution.x[:, :size].reshape(-1, *self.shape) * ruler.scale(path.at(self.end))
+        base = normal_log_prob(latent, path.prior_std) if self.prior is None else self.prior(latent)
+        change = size * math.log(ruler.scale(path.at(self.end)) / ruler.scale(path.at(self.start)))
         value = base + logdets.mean(1) + change
-    reached = torch.where(solution.t == s_end, end, torch.as_tensor(ruler.time(path, solution.t)))
-    solution = replace(solution, x=latent, t=reached, nfe=solution.nfe * flow.nfe_per_call)
-    if throw:
-        solution.raise_on_failure()
-    value = torch.where(solution.ok.to(value.device), value, float("nan"))
-    return LogProb(value, estimator.stderr(logdets.detach()), solution.nfe, latent, solution)
+        arrived = ruler.clock(path, self.end)
+        reached = torch.where(solution.t == arrived, self.end, torch.as_tensor(ruler.time(path, solution.t)))
+        solution = replace(solution, x=latent, t=reached, nfe=solution.nfe * self.flow.nfe_per_call)
+        value = torch.where(solution.ok.to(value.device), value, float("nan"))
+        return LogProb(value, self.trace.stderr(logdets.detach()), solution.nfe, latent, solution)
 
-
-def _controlled(solver: Solver, size: int, shape: Sequence[int]) -> Solver:
-    """The solver with norms of their own for the state and its log-determinants, whichever is larger."""
-    if not isinstance(solver, Adaptive):
-        return solver
-    inner = solver.norm
-
-    def norm(e: Tensor) -> Tensor:
-        return torch.maximum(inner(e[:, :size].reshape(-1, *shape)), e[:, size:].abs().amax(1))
-
-    return replace(solver, norm=norm)
-
-
-def _joint_field(flow: Flow, chart: Chart, estimator: traces.Trace, shape: Sequence[int], graph: bool) -> Ask:
-    """The right-hand side of the joint state: dy/ds beside the divergence, once a probe, from one network call.
-
-    Args:
-        shape: shape (B, *S) of x; the joint state has shape (B, D + probes).
-        graph: keep the graph of the result.
-    """
-    path, size = flow.path, math.prod(shape[1:])
-
-    def answer(query: Query, context: Any) -> Tensor:
+    def field(self, query: Query, context: Any) -> Tensor:
+        """dy/ds beside the divergence, once a probe, from one network call."""
+        path, chart, size, graph = self.flow.path, self.ruler, math.prod(self.shape), self.graph
         outer = charted(query.about(query.x[:, :1]), chart, path)
         t, point = outer.t, outer.point
         assert point is not None
         c = chart.scale(point)
         with torch.enable_grad():
-            x = scaled(c, query.x[:, :size].reshape(-1, *shape[1:]))
+            x = scaled(c, query.x[:, :size].reshape(-1, *self.shape))
             x = x if graph else x.detach()
             x = x if x.requires_grad else x.requires_grad_()
-            estimate = flow.read(x, flow.call(x, t, **context["cond"]), point)
+            estimate = self.flow.read(x, self.flow.call(x, t, **context["cond"]), point)
             row = chart.row(point, query.t)
             k_x, k_o = (per_sample(k, query.x) for k in estimate.coefficients(*row))
-            trace = estimator(estimate.output, x, context["probes"], graph)
+            trace = self.trace(estimate.output, x, context["probes"], graph)
             divergence = per_sample(c, query.x) * (k_x * size + k_o * trace)
             out = torch.cat((rows(estimate.combine(*row)), divergence), 1)
         return out if graph else out.detach()
-
-    return answer
 
 
 def normal_log_prob(x: Tensor, std: float) -> Tensor:

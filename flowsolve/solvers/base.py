@@ -38,8 +38,8 @@ from flowsolve.paths import Path, Point
 from flowsolve.predictions import Estimate
 
 __all__ = [
-    "EstimateSolver", "Foreign", "Nodes", "Query", "SlopeSolver", "Solver", "State", "Step", "charted", "in_chart",
-    "run", "scaled", "slope_in",
+    "EstimateSolver", "Foreign", "ForeignSDE", "Nodes", "Query", "SlopeSolver", "Solver", "State", "Step", "charted",
+    "in_chart", "run", "scaled", "slope_in",
 ]  # fmt: skip
 
 
@@ -181,6 +181,43 @@ class Foreign(SlopeSolver):
         Returns:
             The states at the stops, (T, B, *S); and for each sample the evaluations it cost and its `Status`, int64 of
             shape (B,).
+        """
+        raise NotImplementedError
+
+
+class ForeignSDE(Solver):
+    """A solver of another library for a flow's SDE family, which runs a loop of its own from the noise to the data."""
+
+    @property
+    def chooses_steps(self) -> bool:
+        """Grids are the other library's business."""
+        return True
+
+    def check(self, flow: Flow, chart: Chart | None, start: float, end: float) -> None:
+        """Raise unless the solver can carry a flow over an interval of flow time."""
+        raise NotImplementedError
+
+    def diffuse(
+        self,
+        ask: Callable[[Query], Estimate],
+        path: Path,
+        x: Tensor,
+        start: float,
+        end: float,
+        budget: int | None,
+        noise: Noise,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Carry x from flow time `start` to a later one, for all samples as one system.
+
+        Args:
+            ask: answers a query about (x, t) with the estimate there.
+            path: the flow's path.
+            x: shape (B, *S).
+            budget: the evaluations to spend, exactly.
+            noise: names the seed and the samples.
+
+        Returns:
+            x at the end; and for each sample the evaluations it cost and its `Status`, int64 of shape (B,).
         """
         raise NotImplementedError
 

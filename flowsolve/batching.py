@@ -1,0 +1,162 @@
+r"""Data sets that are larger than memory: `sample`, `encode` and `log_prob` over iterators.
+
+Each function takes its samples from an iterator of tensors (n, *S), of any sizes n, or of pairs of such a tensor and
+the network's keyword arguments for it, and yields a result for each of them, in order. At most `batch` samples are
+under way at a time; with an adaptive solver a sample that finishes makes room for the next, across the borders of the
+iterator's tensors (`flowsolve.streaming`). A result is the same, to rounding, as without batching.
+
+A failed sample says so in the status of its result; nothing is raised on the way, so that a long run is not lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowsolve._arguments import check_flow, check_interval, device_of, shape_of, state
+from flowsolve.charts import Chart
+from flowsolve.flow import Flow
+from flowsolve.likelihood.log_prob import LogProb, Reading
+from flowsolve.noise import START, Noise
+from flowsolve.passage import Passage
+from flowsolve.solution import Solution
+from flowsolve.solvers.base import Solver
+from flowsolve.streaming import Chunk, numbered, stream
+
+__all__ = ["encode", "log_prob", "sample"]
+
+
+def sample(
+    flow: Flow,
+    shape: Sequence[int],
+    *,
+    solver: Solver,
+    batch: int,
+    nfe: int | None = None,
+    grid: Any = None,
+    chart: str | Chart | None = None,
+    interval_end: float = 1.0,
+    seed: int = 0,
+    cond: Mapping[str, Any] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    progress: bool = False,
+) -> Iterator[Solution]:
+    """Sample a flow from noise, in pieces of `batch` samples.
+
+    Args:
+        shape: (N, *S), the number of samples in all and the shape of each.
+        batch: the most samples the network sees at a time, and the size of the pieces yielded.
+        interval_end: the flow time to stop at.
+
+    The other arguments are those of `flowsolve.sample`, except that cond is shared by all samples.
+
+    Yields:
+        `Solution`s of `batch` samples each (the last may be smaller), the same as `flowsolve.sample` gives.
+    """
+    check_flow(flow, cond)
+    total, *event = shape_of(shape)
+    check_interval((0.0, interval_end))
+    passage = Passage(flow, (0.0, interval_end), solver=solver, nfe=nfe, grid=grid, chart=chart, seed=seed, shared=cond)
+    place = device or device_of(flow.net)
+
+    def chunks() -> Iterator[Chunk]:
+        for first in range(0, total, batch):
+            samples = torch.arange(first, min(total, first + batch))
+            blank = state(torch.empty((len(samples), *event), device=place, dtype=dtype))
+            yield Chunk(Noise(seed, samples).normal(START, 0, blank) * flow.path.prior_std, {}, samples)
+
+    return _quiet(stream(passage, chunks(), batch, progress=progress, total=total))
+
+
+def encode(
+    flow: Flow,
+    source: Iterable[Any],
+    *,
+    solver: Solver,
+    batch: int,
+    nfe: int | None = None,
+    grid: Any = None,
+    chart: str | Chart | None = None,
+    interval: tuple[float, float] | None = None,
+    cond: Mapping[str, Any] | None = None,
+    progress: bool = False,
+    total: int | None = None,
+) -> Iterator[Solution]:
+    """Carry data back to noise.
+
+    Args:
+        source: tensors (n, *S), or pairs (tensor, keyword arguments).
+        batch: the most samples the network sees at a time.
+        cond: keyword arguments shared by all samples.
+        total: the number of samples to come, for the progress bar.
+
+    The other arguments are those of `flowsolve.encode`.
+
+    Yields:
+        A `Solution` for each tensor.
+
+    Examples:
+        >>> flow = fs.problems.GaussianMixture([[-1.0], [1.0]], std=0.2).flow(fs.paths.CondOT())
+        >>> data = (torch.full((n, 1), 0.9) for n in (3, 1, 2))
+        >>> [len(part.x) for part in fs.batching.encode(flow, data, solver=fs.solvers.Tsit5(), batch=4)]
+        [3, 1, 2]
+    """
+    check_flow(flow, cond)
+    interval = interval or (flow.path.window[1], 0.0)
+    check_interval(interval)
+    passage = Passage(flow, interval, solver=solver, nfe=nfe, grid=grid, chart=chart, shared=cond)
+    return _quiet(stream(passage, numbered(source), batch, progress=progress, total=total))
+
+
+def log_prob(
+    flow: Flow,
+    source: Iterable[Any],
+    *,
+    solver: Solver,
+    batch: int,
+    trace: str = "hutchinson",
+    probes: int = 1,
+    seed: int = 0,
+    nfe: int | None = None,
+    grid: Any = None,
+    chart: str | Chart | None = None,
+    interval: tuple[float, float] | None = None,
+    prior: Callable[[Tensor], Tensor] | None = None,
+    cond: Mapping[str, Any] | None = None,
+    progress: bool = False,
+    total: int | None = None,
+) -> Iterator[LogProb]:
+    """The log-density that a flow gives to samples, in nats.
+
+    Args:
+        source: tensors (n, *S), or pairs (tensor, keyword arguments).
+        batch: the most samples the network sees at a time.
+        cond: keyword arguments shared by all samples.
+        total: the number of samples to come, for the progress bar.
+
+    The other arguments are those of `flowsolve.log_prob`. Sample k of the stream has the probes of sample k there.
+
+    Yields:
+        A `LogProb` for each tensor.
+    """
+    check_flow(flow, cond)
+    reading = Reading(
+        flow, interval, solver=solver, trace=trace, probes=probes, seed=seed, nfe=nfe, grid=grid, chart=chart,
+        prior=prior, shared=cond,
+    )  # fmt: skip
+    return _quiet(stream(reading, numbered(source), batch, progress=progress, total=total))
+
+
+def _quiet(results: Iterator[Any]) -> Iterator[Any]:
+    """The results, computed without recording gradients."""
+    while True:
+        with torch.no_grad():
+            try:
+                result = next(results)
+            except StopIteration:
+                return
+        yield result

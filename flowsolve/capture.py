@@ -1,0 +1,170 @@
+r"""CUDA graphs: a solve on a fixed grid, network and all, recorded once and replayed.
+
+On a fixed grid every coefficient is a number known before the solve, nothing is read back on the way, and all shapes
+are fixed: the whole solve is one static sequence of kernels. Recorded as a CUDA graph it is launched at once, without
+Python or the driver between its kernels; a small network's time per step falls to that of its kernels.
+
+What may change between replays lies in static buffers that are filled before each: the state, the conditioning tensors,
+the samples' numbers and the seed (the noise of a step is computed from them within the graph). Everything else is part
+of the recording: solver, grid, chart, shapes, dtypes, and the addresses of the network's parameters, whose *values* may
+change in place. Other values of these make another recording; the last few of each flow are kept.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from flowsolve import kernels
+from flowsolve.drivers import checks, settle
+from flowsolve.flow import Flow
+from flowsolve.kernels import largest
+from flowsolve.noise import Noise
+from flowsolve.solution import Solution
+from flowsolve.solvers.base import Query, State, Stepper, run
+
+__all__ = ["Static", "captured", "require_cuda"]
+
+KEPT = 8
+WARM = 3
+Body = Callable[[list[Tensor]], list[Tensor]]
+
+
+def require_cuda(x: Tensor) -> None:
+    """Raise ValueError unless a solve from x can be captured."""
+    if x.device.type != "cuda":
+        raise ValueError(f"capture=True records a CUDA graph, and the state is on {x.device}; drop capture=True")
+    if torch.is_grad_enabled():
+        raise ValueError("capture=True records no gradients; drop it, or sample without grad")
+
+
+class Static(Protocol):
+    """What a captured solve needs to know of its plan."""
+
+    flow: Flow
+    start: float
+    last: float
+    end: float | None
+    seed: int
+    estimate: Any
+
+    @property
+    def grid(self) -> Sequence[tuple[float, float, int]]:
+        """(t, t_next, evaluations) of each step."""
+        ...
+
+    def stepper(self) -> Stepper:
+        """The step function."""
+        ...
+
+    def key(self) -> Any:
+        """Equal for plans that make the same recording on the same flow and inputs."""
+        ...
+
+
+def body(plan: Static, cond: Any) -> Body:
+    """The solve as a function of tensors alone: [x, samples, seed, *conditioning] to [x at the end, magnitudes].
+
+    Args:
+        plan: the solve.
+        cond: the network's keyword arguments, whose tensors will be replaced by those of the conditioning.
+    """
+    step, nodes = plan.stepper(), checks(len(plan.grid))
+    leaves, spec = tree_flatten(cond)
+
+    def solve(inputs: list[Tensor]) -> list[Tensor]:
+        x, samples, seed, *tensors = inputs
+        given = iter(tensors)
+        filled = [next(given) if isinstance(v, Tensor) else v for v in leaves]
+        context = {"cond": tree_unflatten(filled, spec)}
+        state, magnitudes = State(x, noise=Noise(seed, samples)), []  # type: ignore[arg-type]
+        for i, interval in enumerate(plan.grid):
+            state = run(step(state, *interval), lambda query: plan.estimate(query, context))
+            if i in nodes:
+                magnitudes.append(largest(state.x))
+        if plan.end is not None:
+            there = plan.flow.path.at(plan.end)
+            closed = plan.estimate(Query(state.x, plan.last), context).combine(there.alpha, there.sigma)
+            state = state.advance(closed)
+            magnitudes.append(largest(closed))
+        return [state.x, torch.stack(magnitudes)]
+
+    return solve
+
+
+class _Recording:
+    """A CUDA graph with its static inputs and outputs."""
+
+    def __init__(self, solve: Body, inputs: list[Tensor]) -> None:
+        self.inputs = [v.clone() for v in inputs]
+        with torch.cuda.device(inputs[0].device), kernels.use("fused"):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # libraries allocate and choose algorithms in the first runs
+                for _ in range(WARM):
+                    solve(self.inputs)
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.outputs = solve(self.inputs)
+
+    def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
+        for mine, given in zip(self.inputs, inputs, strict=True):
+            mine.copy_(given)
+        self.graph.replay()
+        return [v.clone() for v in self.outputs]
+
+
+Replay = Callable[[list[Tensor]], list[Tensor]]
+
+_recordings: WeakKeyDictionary[Flow, OrderedDict[Any, Replay]] = WeakKeyDictionary()
+
+
+def captured(
+    plan: Static,
+    x: Tensor,
+    cond: Any,
+    samples: Tensor,
+    record: Callable[[Body, list[Tensor]], Replay] = _Recording,
+) -> Solution:
+    """The solve of a plan from x, by replaying its recording; made first if there is none.
+
+    Args:
+        plan: the solve.
+        x: the state at its start, shape (B, *S).
+        cond: the network's keyword arguments.
+        samples: the global numbers of the samples.
+        record: makes a recording.
+
+    Raises:
+        RuntimeError: the network cannot be captured; it reads from the device, or draws from a CPU generator.
+    """
+    cond = dict(cond)
+    leaves, spec = tree_flatten(cond)
+    constants = repr([v for v in leaves if not isinstance(v, Tensor)])
+    seed = torch.tensor((plan.seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=x.device)  # its lowest 64 bits
+    inputs = [v.to(x.device) for v in (x.contiguous(), samples, seed, *leaves) if isinstance(v, Tensor)]
+    key = (plan.key(), repr(spec), constants, tuple((tuple(v.shape), v.dtype) for v in inputs), x.device)
+    kept = _recordings.setdefault(plan.flow, OrderedDict())
+    if key not in kept:
+        try:
+            kept[key] = record(body(plan, cond), inputs)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"the solve cannot be captured as a CUDA graph: {error}. A network that reads values back from the "
+                "device (.item(), the shape of a mask) cannot be; drop capture=True"
+            ) from error
+        while len(kept) > KEPT:
+            kept.popitem(last=False)
+    kept.move_to_end(key)
+    final, magnitudes = kept[key](inputs)
+    checked = [plan.grid[i][1] for i in sorted(checks(len(plan.grid)))]
+    checked += [] if plan.end is None else [plan.end]
+    calls = sum(n for _, _, n in plan.grid) + (plan.end is not None)
+    return settle(final, magnitudes, checked, plan.start, calls, len(plan.grid))
