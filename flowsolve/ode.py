@@ -296,7 +296,7 @@ class _Layout:
         front, count = x.shape[:lead], x.shape[lead]
         leaves = []
         for part, shape, dtype in zip(x.split(self.sizes, -1), self.shapes, self.dtypes, strict=True):
-            leaf = part.reshape(*front, *shape) if self.single else part.reshape(*front, count, *shape[1:])
+            leaf = part.reshape((*front, *shape) if self.single else (*front, count, *shape[1:]))
             leaves.append(leaf.to(dtype) if like else leaf)
         return tree_unflatten(leaves, self.spec)
 

@@ -15,15 +15,17 @@ REASONS = {
     Status.RUNNING: "still running",
     Status.SUCCESS: "reached the end",
     Status.NONFINITE: "met a value that is not finite",
-    Status.UNDERFLOW: "step size fell below the resolution of time (the field is not smooth there, or too stiff)",
+    Status.UNDERFLOW: "step size fell below min_step or the resolution of time (the field is not smooth there, or stiff)",
     Status.BUDGET: "evaluation budget spent",
     Status.MAX_STEPS: "max_steps attempts made",
+    Status.MAX_REJECTIONS: "max_rejections steps rejected in a row (the field is not smooth there)",
 }
 
 MENDS = {
     Status.UNDERFLOW: "Loosen rtol and atol, or look at the field there. ",
     Status.BUDGET: "Raise nfe, or loosen rtol and atol. ",
     Status.MAX_STEPS: "Raise max_steps, or loosen rtol and atol. ",
+    Status.MAX_REJECTIONS: "Raise max_rejections, or look at the field there. ",
 }
 
 

@@ -11,7 +11,10 @@ coordinates, relative to the scale α+σ at the end.
 whose clocks run exponentially in λ, it is half as large again. The order is the least-squares slope of log error over
 log steps, and is accepted only where the largest error is below 0.1 and the smallest above 3e-14, the rounding of
 float64 here. Dopri5 needs the most steps: with fewer the error falls faster than its order, because the leading term
-is small (slopes of 5.5 to 6.5 between 8 and 32 steps, which is not the regime that an order speaks of).
+is small (slopes of 5.5 to 6.5 between 8 and 32 steps, which is not the regime that an order speaks of). For Tsit5 and
+Dopri8 the regime begins where float64 ends (errors of 1e-13): until then their errors fall faster, and only a loss of
+order would show here. That they have no more than their order is in the order conditions (`test_tableaus`) and in the
+plain ODE below.
 
 **Intervals.**
 
@@ -43,7 +46,20 @@ from torch import Tensor
 import flowsolve as fs
 from flowsolve.paths import EDM, VE, VP, CondOT, Cosine, Discrete, Path, SubVP, Trig
 from flowsolve.problems import GaussianMixture
-from flowsolve.solvers import DDIM, RK4, Dopri5, Euler, EulerMaruyama, Heun, Midpoint, Solver
+from flowsolve.solvers import (
+    DDIM,
+    RK4,
+    Bosh3,
+    Dopri5,
+    Dopri8,
+    Euler,
+    EulerMaruyama,
+    Heun,
+    Midpoint,
+    Ralston,
+    Solver,
+    Tsit5,
+)  # fmt: skip
 
 Array = NDArray[np.float64]
 
@@ -59,9 +75,14 @@ ORDERS: list[tuple[Solver, int, Sequence[int]]] = [  # solver, order, steps
     (Euler(), 1, (64, 96, 144)),
     (Midpoint(), 2, (24, 48, 72)),
     (Heun(), 2, (24, 48, 72)),
+    (Ralston(), 2, (24, 48, 72)),
+    (Bosh3(adaptive=False), 3, (24, 48, 72)),
     (RK4(), 4, (12, 24, 48)),
     (Dopri5(adaptive=False), 5, (32, 48, 64)),
+    (Tsit5(adaptive=False), 5, (24, 32, 48)),
+    (Dopri8(adaptive=False), 8, (4, 6, 8, 12)),
 ]
+EARLY = (Tsit5, Dopri8)
 solver_cases = pytest.mark.parametrize(("solver", "order", "steps"), ORDERS, ids=[type(s).__name__ for s, *_ in ORDERS])
 
 
@@ -139,7 +160,9 @@ def check(path: Path, solver: Solver, order: int, steps: Sequence[int], where: s
     print(f"ORDER {type(solver).__name__:14} {path!r:28.28} {where:5} {chart or '-':8} {slope:6.3f} {errors}")
     assert errors[0] < 0.1, errors
     assert errors[-1] > 3e-14, errors
-    assert abs(slope - order) <= 0.2, (slope, errors)
+    assert slope >= order - 0.2, (slope, errors)
+    if type(solver) not in EARLY:
+        assert slope <= order + 0.2, (slope, errors)
 
 
 @pytest.mark.parametrize(
@@ -251,8 +274,8 @@ def test_every_chart_and_prediction_solves_the_same_flow(chart: str) -> None:
 
 @pytest.mark.parametrize(
     ("solver", "order", "steps"),
-    [(s, p, [n * 4 for n in steps]) for s, p, steps in ORDERS],
-    ids=[type(s).__name__ for s, *_ in ORDERS],
+    [(s, p, [n * 4 for n in steps]) for s, p, steps in ORDERS if type(s) not in EARLY],
+    ids=[type(s).__name__ for s, *_ in ORDERS if type(s) not in EARLY],
 )
 def test_order_on_a_plain_ode(solver: Solver, order: int, steps: Sequence[int]) -> None:
     """The nonautonomous, nonlinear y' = −2 t y², y(0) = 1, with y = 1/(1 + t²), in both directions of time."""
@@ -264,3 +287,54 @@ def test_order_on_a_plain_ode(solver: Solver, order: int, steps: Sequence[int]) 
             sol = fs.solve(lambda t, y: -2 * t * y * y, y0, 0.0, t1, solver=solver, nfe=n * solver.evaluations)
             errors.append(float((sol.x - truth).abs().max()))
         assert -np.polyfit(np.log(steps), np.log(errors), 1)[0] == pytest.approx(order, abs=0.2)
+
+
+def test_tsit5_s_order_on_a_plain_ode() -> None:
+    """y' = 3 cos(3t) y, y = y₀ exp(sin 3t)."""
+    fixed, y0 = Tsit5(adaptive=False), torch.tensor([[1.0, 0.5], [0.25, 2.0]], dtype=torch.float64)
+    for t1 in (2.0, -2.0):
+        truth, errors, steps = y0 * math.exp(math.sin(3.0 * t1)), [], (48, 64, 96)
+        for n in steps:
+            sol = fs.solve(lambda t, y: 3.0 * torch.cos(3.0 * t) * y, y0, 0.0, t1, solver=fixed, nfe=6 * n)
+            errors.append(float((sol.x - truth).abs().max()))
+        assert -np.polyfit(np.log(steps), np.log(errors), 1)[0] == pytest.approx(5.0, abs=0.2), errors
+
+
+def test_dopri8_s_order_on_a_plain_ode() -> None:
+    """y' = (5 + 2t) K y with K skew turns y by 5t + t²."""
+    fixed, y0 = Dopri8(adaptive=False), torch.tensor([[1.0, 0.5], [0.25, 2.0]], dtype=torch.float64)
+    k = torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
+    for t1 in (2.0, -2.0):
+        angle = 5.0 * t1 + t1**2
+        c, s = math.cos(angle), math.sin(angle)
+        truth, errors, steps = y0 @ torch.tensor([[c, s], [-s, c]], dtype=torch.float64), [], (16, 24, 32)
+        for n in steps:
+            sol = fs.solve(lambda t, y: (5.0 + 2.0 * t) * y @ k, y0, 0.0, t1, solver=fixed, nfe=12 * n)
+            errors.append(float((sol.x - truth).abs().max()))
+        assert -np.polyfit(np.log(steps), np.log(errors), 1)[0] == pytest.approx(8.0, abs=0.2), errors
+
+
+@pytest.mark.parametrize(
+    ("solver", "steps"),
+    [
+        (Euler(), (64, 96, 144)), (Heun(), (32, 48, 72)), (Ralston(), (32, 48, 72)), (RK4(), (24, 36, 54)),
+        (Bosh3(adaptive=False), (24, 36, 54)), (Dopri5(adaptive=False), (64, 96, 144)),
+        (Tsit5(adaptive=False), (64, 96, 144)), (Dopri8(adaptive=False), (16, 24, 32)),
+    ],
+    ids=lambda v: type(v).__name__,
+)  # fmt: skip
+def test_dense_output_has_the_order_of_the_interpolant(solver: Any, steps: Sequence[int]) -> None:
+    """Between the nodes errors fall like h^(q+1), with q the interpolant's order, or like the steps' own h^p."""
+    y0 = torch.tensor([[1.0, 0.5], [0.25, 2.0]], dtype=torch.float64)
+    times = np.linspace(0.01, 2.0, 97)
+    errors = []
+    for n in steps:
+        sol = fs.solve(
+            lambda t, y: 3.0 * torch.cos(3.0 * t) * y, y0, 0.0, 2.0, solver=solver, nfe=n * solver.evaluations,
+            t_eval=times.tolist(),
+        )  # fmt: skip
+        truth = y0 * torch.from_numpy(np.exp(np.sin(3.0 * times)))[:, None, None]
+        errors.append(float((sol.x - truth).abs().max()))
+    rate = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
+    print(f"DENSE {type(solver).__name__} {rate:.2f} {errors}")
+    assert rate >= min(solver.tableau.order, solver.tableau.dense_order + 1) - 0.25, errors
