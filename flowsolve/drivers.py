@@ -17,7 +17,7 @@ and a repeated attempt is decided by the errors noted the first time.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -34,14 +34,18 @@ from flowsolve._optional import require
 from flowsolve.kernels import control, largest
 from flowsolve.solution import Solution
 from flowsolve.solvers.adaptive import Adaptive, AdaptiveState, Attempt, Status
-from flowsolve.solvers.base import Query, State, Stepper, run
-from flowsolve.solvers.runge_kutta import RungeKutta, look
+from flowsolve.solvers.base import Query, State, Stepper
+from flowsolve.solvers.runge_kutta import Stride, look
 
-__all__ = ["Arrivals", "Ask", "Finished", "checks", "collect", "march", "pursue", "resident", "settle"]
+__all__ = ["Arrivals", "Ask", "Finished", "checks", "collect", "march", "pursue", "resident", "settle", "stepped"]
 
 CHECKS = 64
 Count = NDArray[np.int64]
 Watch = Mapping[int, Sequence[float]]
+Visit = Callable[[int, Tensor, Stride | None], Generator[Query, Any, None]]
+"""What to do after a step: its number, the state after it, and the step itself where its interpolant is at hand."""
+Travel = Callable[[Tensor, int, int, Container[int], Visit], Generator[Query, Any, Tensor]]
+"""From a state at one node to the state at another, (x, first, last, visited, visit), visiting after some steps."""
 Look = tuple[Count, Count, Tensor]
 RUNNING = control.RUNNING
 
@@ -59,63 +63,83 @@ class Ask(Protocol):
         ...
 
 
+def stepped(step: Stepper, state: State, intervals: Sequence[tuple[float, float, int]]) -> Travel:
+    """How a step function travels along intervals."""
+
+    def travel(
+        x: Tensor, first: int, last: int, visited: Container[int], visit: Visit
+    ) -> Generator[Query, Any, Tensor]:
+        now = state.advance(x)
+        for i in range(first, last):
+            now = yield from step(now, *intervals[i])
+            if i in visited:
+                yield from visit(i, now.x, None)
+        return now.x
+
+    return travel
+
+
 def march(
-    step: Stepper,
-    state: State,
+    travel: Travel,
+    x: Tensor,
     intervals: Sequence[tuple[float, float, int]],
     ask: Ask,
     context: Any,
     *,
     start: float,
     watch: Watch | None = None,
-    solver: RungeKutta | None = None,
     segments: bool = False,
     progress: bool = False,
 ) -> tuple[list[Tensor], Solution]:
-    """Step from start through the intervals (t, t_next, evaluations) of a fixed grid.
+    """Travel from start through the intervals (t, t_next, evaluations) of a fixed grid.
 
     Args:
-        watch: for some intervals by number, the times within (t, t_next] to look at.
-        solver: whose interpolants serve for that.
+        travel: `stepped`, or a Runge–Kutta solver's `sweep`.
+        x: the state at the start.
+        watch: for some intervals by number, the times within (t, t_next] to look at; with a `sweep`.
         segments: throw away and remake the graph of √n steps at a time.
 
     Returns:
         The states at the times watched, in order, and the solution at the last node.
     """
-    steps, nodes = len(intervals), checks(len(intervals))
+    steps, nodes, watch = len(intervals), checks(len(intervals)), watch or {}
     calls, seen, magnitudes, checked = 0, [], [], []
     counting = True
-
-    def answer(query: Query) -> Any:
-        nonlocal calls
-        calls += counting
-        return ask(query, context)
+    visited: Container[int] = range(steps) if progress else nodes | watch.keys()
 
     def through(x: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
         """From the state at one node to the state at another, with what was looked at on the way."""
-        now, looks = replace(state, x=x), []
-        for i in range(first, last):
-            t, t_next, evaluations = intervals[i]
-            if watch is not None and i in watch and solver is not None:
-                stride = run(solver.stride(now.x, t, t_next, evaluations), answer)
-                now = now.advance(stride.ahead)
-                for stop in watch[i]:
-                    inside = stop != t_next
-                    looks.append(run(look(stride, None, (stop - t) / (t_next - t)), answer) if inside else now.x)
-            else:
-                now = run(step(now, t, t_next, evaluations), answer)
-            if counting and i in nodes:
-                magnitudes.append(largest(now.x.detach()))
-                checked.append(t_next)
-            if counting:
-                bar(1)
-        return now.x, *looks
+        nonlocal calls
+        looks: list[Tensor] = []
 
-    x, length = state.x, max(1, math.isqrt(steps)) if segments else max(1, steps)
+        def visit(i: int, x: Tensor, stride: Stride | None) -> Generator[Query, Any, None]:
+            t, t_next, _ = intervals[i]
+            for stop in watch.get(i, ()):
+                if stop == t_next or stride is None:
+                    looks.append(x)
+                else:
+                    looks.append((yield from look(stride, None, (stop - t) / (t_next - t))))
+            if counting and i in nodes:
+                magnitudes.append(largest(x.detach()))
+                checked.append(t_next)
+            if counting and progress:
+                bar(1)
+
+        generator, made = travel(x, first, last, visited, visit), 0
+        try:
+            query = next(generator)
+            while True:
+                made += 1
+                query = generator.send(ask(query, context))
+        except StopIteration as stop:
+            x = stop.value
+        calls += made * counting
+        return x, *looks
+
+    length = max(1, math.isqrt(steps)) if segments else max(1, steps)
     with _bar(progress, steps, "step") as bar:
         for first in range(0, steps, length):
             last = min(steps, first + length)
-            counting = True
             if segments:
                 x, *looks = checkpoint(through, x, first, last, use_reentrant=False)
             else:

@@ -131,15 +131,18 @@ class Backsolve:
         for node, weight in zip(0.5 * (nodes + 1.0), 0.5 * weights, strict=True):
             theta = node if rows is None else np.full(len(rows), node)
             joint = run(look(stride, rows, theta), self._answer(part))
-            h = stride.h.item() if rows is None else stride.h[rows]
-            times = (stride.s if rows is None else stride.s[rows]) + node * h
+            h = stride.h if rows is None else stride.h[rows]
+            times = (stride.s if rows is None else stride.s[rows]) + float(node) * h
             with torch.enable_grad():
                 t = times if rows is None else torch.from_numpy(times)
                 slope = self.ask(Query(joint[:, 0], t), part.tree)
                 if not slope.requires_grad:
                     continue
                 share = per_sample(-weight * h if rows is None else torch.from_numpy(-weight * h), joint[:, 1])
-                found = torch.autograd.grad(slope, parameters, share * joint[:, 1], allow_unused=True)
+                # Retained: what a field computed once from its parameters belongs to the graph of every slope.
+                found = torch.autograd.grad(
+                    slope, parameters, share * joint[:, 1], allow_unused=True, retain_graph=True
+                )
             for total, g in zip(sums, found, strict=True):
                 if g is not None:
                     total += g

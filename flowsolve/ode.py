@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 from itertools import pairwise
 from typing import Any
 
@@ -25,7 +25,7 @@ from flowsolve.gradients import Backsolve, parameters_of
 from flowsolve.planning import share, whole
 from flowsolve.solution import Solution
 from flowsolve.solvers.adaptive import Adaptive, Status
-from flowsolve.solvers.base import Foreign, Query, SlopeSolver, Solver, State
+from flowsolve.solvers.base import Foreign, Query, SlopeSolver, Solver
 from flowsolve.solvers.runge_kutta import RungeKutta
 
 __all__ = ["solve", "trajectory"]
@@ -92,13 +92,14 @@ def solve(
     y = layout.pack(y0)
     _check_resolution(start, stops[-1], y.dtype)
 
+    clock: dict[float, Tensor] = {}
+
     def ask(query: Query, context: Any) -> Tensor:
         x, nodes = query.x, query.nodes
         if nodes is None:
             t = query.t
-            if isinstance(t, Tensor):
-                time = layout.time(t.to(x.device, x.dtype))
-            else:
+            time = clock.get(t) if isinstance(t, float) else layout.time(t.to(x.device, x.dtype))
+            if time is None:
                 time = torch.full((), t, dtype=x.dtype, device=x.device)
         else:
             time = nodes.once(ask, lambda times: layout.time(times.to(x.device, x.dtype)).unbind(0))[query.row]
@@ -111,6 +112,9 @@ def solve(
         counts = solver.schedule(nfe)
         times = share(grids.fractions(start, stops[-1], nfe), counts)
         intervals = list(zip(times, times[1:], counts, strict=False))
+        if isinstance(solver, RungeKutta):  # all times of the grid go to the device at once
+            asked = [t for interval in intervals for t in solver.times(*interval)]
+            clock.update(zip(asked, torch.tensor(asked, dtype=y.dtype, device=y.device).unbind(0), strict=True))
 
     context = Context(None, len(y))
     extra = 0
@@ -189,9 +193,10 @@ def trajectory(
             if stop != start:
                 i = next(i for i, (_, b, _) in enumerate(intervals) if abs(stop - start) <= abs(b - start))
                 watch.setdefault(i, []).append(stop)
+        travel = partial(solver.sweep, intervals)
         seen, solution = march(
-            solver.step, State(y), intervals, ask, context.tree, start=start, watch=watch, solver=solver,
-            segments=mode == "checkpoint", progress=progress,
+            travel, y, intervals, ask, context.tree, start=start, watch=watch, segments=mode == "checkpoint",
+            progress=progress,
         )  # fmt: skip
         if not dense:
             return solution.x.unsqueeze(0), solution
@@ -311,6 +316,8 @@ class _Layout:
         if not self.tree:
             given = x[0] if self.single else x
             slope = f(t, given)
+            if slope.__class__ is Tensor and slope.dtype is x.dtype and slope.shape == x.shape and not self.single:
+                return slope
             if not isinstance(slope, Tensor) or slope.shape != given.shape:
                 got = tuple(slope.shape) if isinstance(slope, Tensor) else type(slope).__name__
                 raise ValueError(f"f(t, y) returned {got} for y of shape {tuple(given.shape)}; expected the same shape")

@@ -14,7 +14,7 @@ from flowsolve._arguments import check_gradient, check_grid, check_solver, state
 from flowsolve._batch import Context, choose, rows
 from flowsolve.capture import captured, require_cuda
 from flowsolve.charts import Chart
-from flowsolve.drivers import Ask, march
+from flowsolve.drivers import Ask, march, stepped
 from flowsolve.flow import Flow
 from flowsolve.noise import Noise
 from flowsolve.ode import trajectory
@@ -139,7 +139,7 @@ class Passage:
             return captured(self, y, context.tree["cond"], context.tree["samples"])
         begin = State(y, noise=noise)
         _, solution = march(
-            self.stepper(), begin, self.grid, self.estimate, context.tree, start=self.start,
+            stepped(self.stepper(), begin, self.grid), y, self.grid, self.estimate, context.tree, start=self.start,
             segments=mode == "checkpoint", progress=progress,
         )  # fmt: skip
         return solution

@@ -269,7 +269,7 @@ class Adaptive(RungeKutta):
         accepted, passed, ended, real, counts = judge(error, state.real, state.counts, h, s_next, s_end, self.law)
         y, slope = merge(accepted, passed, ahead, state.y), merge(accepted, passed, slopes[-1], state.slope)
         new = AdaptiveState(y, slope, real, counts)
-        return Attempt(new, Stride(pair, slopes, ahead, state.s, s_next, h), accepted, ended, error)
+        return Attempt(new, Stride(pair, state.y, slopes.tensors, ahead, state.s, s_next, h), accepted, ended, error)
 
     @cached_property
     def law(self) -> Vector:

@@ -22,7 +22,7 @@ Two families differ in what they ask for.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -106,7 +106,7 @@ class State:
 
     def advance(self, x: Tensor) -> State:
         """The state after a step that ends in x."""
-        return replace(self, x=x)
+        return State(x, self.noise)
 
 
 Step = Generator[Query, Any, State]

@@ -11,7 +11,7 @@ On a flow the default chart is the straight one: there Euler is DDIM, and the fi
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Container, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -37,9 +37,7 @@ __all__ = [
     "RungeKutta",
     "Stride",
     "ask_stages",
-    "gathered",
     "look",
-    "nodes_of",
 ]
 
 Vector = NDArray[np.float64]
@@ -52,18 +50,20 @@ class Stride(NamedTuple):
 
     Attributes:
         tableau: the method.
-        slopes: the state before, shape (B, *S), and the slopes at hand, in the order of the stages.
+        y: the state before, shape (B, *S).
+        slopes: the slopes at hand, in the order of the stages.
         ahead: the state after.
         s, s_next: times: floats, or float64 arrays of shape (B,).
-        h: signed sizes, float64 of shape (1,) or (B,).
+        h: signed size: a float, or a float64 array of shape (B,).
     """
 
     tableau: Tableau
-    slopes: Slopes
+    y: Tensor
+    slopes: Sequence[Tensor]
     ahead: Tensor
     s: Any
     s_next: Any
-    h: Vector
+    h: Any
 
     @property
     def missing(self) -> int:
@@ -72,37 +72,29 @@ class Stride(NamedTuple):
 
 
 def ask_stages(
-    tableau: Tableau, nodes: Nodes | Sequence[float], h: Vector, slopes: Slopes, first: int
+    tableau: Tableau, nodes: Nodes, h: Vector, slopes: Slopes, first: int
 ) -> Generator[Query, Tensor, Tensor]:
-    """Ask for the slopes of stages `first` … of a step from slopes.y, append them, and return the last stage's state.
+    """Ask for the slopes of the stages from `first` on, append them, and return the last stage's state.
 
     Args:
         nodes: their times.
-        h: signed sizes of the step, shape (B,) or (1,).
+        h: signed sizes of the step, shape (B,).
+        slopes: the state before the step, and the slopes at hand.
     """
     rows, append, advance, stage = tableau.rows, slopes.append, slopes.advance, slopes.y
-    if isinstance(nodes, Nodes):
-        for i in range(len(nodes.table)):
-            if first + i:
-                stage = advance(h, *rows[first + i])
-            append((yield Query(stage, None, nodes, i)))
-    else:
-        for i, t in enumerate(nodes, first):
-            if i:
-                stage = advance(h, *rows[i])
-            append((yield Query(stage, t)))
+    for i in range(len(nodes.table)):
+        stage = advance(h, *rows[first + i])
+        append((yield Query(stage, None, nodes, i)))
     return stage
 
 
-def nodes_of(tableau: Tableau, first: int, last: int, s: Any, s_next: Any, h: Vector) -> Any:
-    """The times of stages first … last − 1; a node with c = 1 sits at s_next to the bit."""
-    c = tableau.nodes[first:last]
-    if isinstance(s, float):
-        step = s_next - s
-        return [s if v == 0.0 else s_next if v == 1.0 else s + v * step for v in c.tolist()]
-    table = s + c[:, None] * h
-    table[c == 1.0] = s_next
-    return Nodes(table)
+def add_up(y: Tensor, h: float, terms: Sequence[tuple[int, float]], slopes: Sequence[Tensor]) -> Tensor:
+    """y + h Σ w_j k_j with one h for all samples: a plain sum, cheaper to launch than any kernel."""
+    total, fresh = y, False
+    for j, w in terms:
+        total = (total.add_ if fresh else total.add)(slopes[j], alpha=h * w)
+        fresh = not total.requires_grad
+    return total
 
 
 def look(stride: Stride, rows: NDArray[np.int64] | None, theta: Any) -> Generator[Query, Tensor, Tensor]:
@@ -112,27 +104,36 @@ def look(stride: Stride, rows: NDArray[np.int64] | None, theta: Any) -> Generato
         rows: the samples to look at, in rising order and possibly repeated; None for all.
         theta: one θ for each of them, float64; or a float for all.
     """
-    tableau, slopes, _, s, s_next, h = stride
-    where: NDArray[np.int64] | None = None
-    if rows is not None:
+    tableau, y, given, _, s, s_next, h = stride
+    where = None
+    if rows is None:
+        pick = _same
+    else:
         unique, where = np.unique(rows, return_inverse=True)
-        slopes = gathered(slopes, unique)
+        pick = partial(take, index=unique)
         s, s_next, h = s[unique], s_next[unique], h[unique]
-    elif stride.missing:
-        slopes = gathered(slopes, None)
+    h = np.atleast_1d(h)
+    slopes = _gathered(pick, y, given)
     if stride.missing:
-        nodes = nodes_of(tableau, len(slopes), len(tableau.dense), s, s_next, h)
-        yield from ask_stages(tableau, nodes, h, slopes, len(slopes))
+        c = tableau.nodes[len(slopes) : len(tableau.dense)]
+        table = s + c[:, None] * h
+        table[c == 1.0] = s_next
+        yield from ask_stages(
+            tableau, Nodes(np.tile(table, (1, len(slopes.y) // table.shape[1]))), h, slopes, len(slopes)
+        )
     if where is not None and len(where) != len(s):
-        slopes, h = gathered(slopes, where), h[where]
+        slopes, h = _gathered(partial(take, index=where), slopes.y, slopes.tensors), h[where]
     return slopes.advance(h, np.arange(len(slopes)), tableau.weights(np.atleast_1d(theta)))
 
 
-def gathered(slopes: Slopes, rows: NDArray[np.int64] | None) -> Slopes:
-    """The state and slopes of some samples, by position; None for a container of its own for all."""
-    pick = (lambda v: v) if rows is None else partial(take, index=rows)
-    chosen = Slopes(pick(slopes.y))
-    for k in slopes.tensors:
+def _same(v: Tensor) -> Tensor:
+    return v
+
+
+def _gathered(pick: Callable[[Tensor], Tensor], y: Tensor, tensors: Sequence[Tensor]) -> Slopes:
+    """The state and slopes of some samples."""
+    chosen = Slopes(pick(y))
+    for k in tensors:
         chosen.append(pick(k))
     return chosen
 
@@ -209,10 +210,55 @@ class RungeKutta(SlopeSolver):
 
     def stride(self, y: Tensor, s: float, s_next: float, evaluations: int) -> Generator[Query, Tensor, Stride]:
         """The step from y at s to s_next, by exactly that many evaluations."""
-        tableau, h = self.method(evaluations), np.array([s_next - s])
-        slopes = Slopes(y)
-        yield from ask_stages(tableau, nodes_of(tableau, 0, evaluations, s, s_next, h), h, slopes, 0)
-        return Stride(tableau, slopes, slopes.advance(h, *tableau.solution), s, s_next, h)
+        tableau = self.tableau if evaluations == self.evaluations else SHORTER[evaluations]
+        h, stage = s_next - s, y
+        slopes: list[Tensor] = []
+        for c, terms in tableau.sums[:evaluations]:
+            if terms:
+                stage = add_up(y, h, terms, slopes)
+            # A node c = 1 sits at s_next to the bit.
+            slopes.append((yield Query(stage, s if c == 0.0 else s_next if c == 1.0 else s + c * h)))
+        return Stride(tableau, y, slopes, add_up(y, h, tableau.total, slopes), s, s_next, h)
+
+    def sweep(
+        self,
+        intervals: Sequence[tuple[float, float, int]],
+        y: Tensor,
+        first: int,
+        last: int,
+        visited: Container[int],
+        visit: Callable[[int, Tensor, Stride | None], Generator[Query, Any, None]],
+    ) -> Generator[Query, Tensor, Tensor]:
+        """The strides of intervals first … last − 1 in one loop, which is cheap beside a small field.
+
+        Args:
+            intervals: (s, s_next, evaluations) of the whole grid.
+            y: the state where the first of them begins.
+            visited: the intervals after which to visit.
+            visit: is given an interval's number, the state at its end, and its stride.
+        """
+        bare = type(self).stride is RungeKutta.stride
+        for i in range(first, last):
+            s, s_next, evaluations = intervals[i]
+            if i in visited or not bare:
+                stride = yield from self.stride(y, s, s_next, evaluations)
+                y = stride.ahead
+                yield from visit(i, y, stride)
+                continue
+            tableau = self.tableau if evaluations == self.evaluations else SHORTER[evaluations]
+            h, stage = s_next - s, y
+            slopes: list[Tensor] = []
+            for c, terms in tableau.sums[:evaluations]:
+                if terms:
+                    stage = add_up(y, h, terms, slopes)
+                slopes.append((yield Query(stage, s if c == 0.0 else s_next if c == 1.0 else s + c * h)))
+            y = add_up(y, h, tableau.total, slopes)
+        return y
+
+    def times(self, s: float, s_next: float, evaluations: int) -> list[float]:
+        """The times that a step of so many evaluations asks about."""
+        h = s_next - s
+        return [s if c == 0.0 else s_next if c == 1.0 else s + c * h for c in self.method(evaluations).c[:evaluations]]
 
 
 @dataclass(frozen=True)

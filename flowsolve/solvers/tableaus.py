@@ -130,6 +130,16 @@ class Tableau:
         return tuple(map(_terms, self.error))
 
     @cached_property
+    def sums(self) -> tuple[tuple[float, tuple[tuple[int, float], ...]], ...]:
+        """For each stage its node, and its row of a as pairs (stage, weight) without zeros."""
+        return tuple(zip(self.c, map(_pairs, self.a), strict=True))
+
+    @cached_property
+    def total(self) -> tuple[tuple[int, float], ...]:
+        """b as pairs (stage, weight), without zeros."""
+        return _pairs(self.b)
+
+    @cached_property
     def nodes(self) -> Vector:
         """All nodes as an array, those of the extra stages included."""
         return np.array((*self.c, *self.extra_c))
@@ -149,6 +159,10 @@ class Tableau:
         p = self._polynomials
         powers: Vector = theta[:, None] ** np.arange(1, p.shape[1] + 1)
         return powers @ p.T
+
+
+def _pairs(row: Row) -> tuple[tuple[int, float], ...]:
+    return tuple((i, w) for i, w in enumerate(row) if w != 0.0)
 
 
 def _terms(row: Row) -> Terms:
