@@ -15,6 +15,8 @@ __all__ = ["parameters_of"]
 def parameters_of(functions: Iterable[Any], slopes: Iterable[Tensor]) -> list[Tensor]:
     """The parameters of a right-hand side: those of modules it is, wraps or closes over, and the leaves of its graph.
 
+    A parameter of a module that is no leaf stands for the leaves behind it: it has its own way back to them.
+
     Args:
         functions: callables to search for modules.
         slopes: results of the right-hand side, whose graphs end in its leaves.
@@ -23,8 +25,9 @@ def parameters_of(functions: Iterable[Any], slopes: Iterable[Tensor]) -> list[Te
     for f in functions:
         for module in _modules(f, 3):
             found.update({id(p): p for p in module.parameters() if p.requires_grad})
+    inner = {p.grad_fn for p in found.values() if p.grad_fn is not None}
     for slope in slopes:
-        stack, seen = [slope.grad_fn], set()
+        stack, seen = [slope.grad_fn], set(inner)
         while stack:
             node = stack.pop()
             if node is None or node in seen:

@@ -217,6 +217,9 @@ class _Batch:
     ids: Count
     passed: Count
 
+    def __len__(self) -> int:
+        return len(self.ids)
+
     def select(self, index: Count) -> _Batch:
         return _Batch(self.state.select(index), self.context.select(index), self.ids[index], self.passed[index])
 
@@ -227,6 +230,112 @@ class _Batch:
             np.concatenate((self.ids, other.ids)),
             np.concatenate((self.passed, other.passed)),
         )
+
+
+class _Round(NamedTuple):
+    """A batch after one or more attempts, what its samples passed, and whether any of them has ended."""
+
+    batch: _Batch
+    looks: list[Look]
+    ended: bool
+
+
+@dataclass(frozen=True)
+class _Pursuit:
+    """An adaptive solve: what one round of it does to a batch. The arguments are those of `pursue`."""
+
+    solver: Adaptive
+    start: float
+    end: float
+    ask: Ask
+    stops: NDArray[np.float64]
+    budget: int | None
+    watcher: Callable[[Attempt, Context], None] | None
+
+    @property
+    def reserve(self) -> int:
+        """The most that one more attempt may cost a sample."""
+        pair = self.solver.pair
+        return self.solver.attempt_nfe + (len(pair.dense) - pair.stages if len(self.stops) else 0)
+
+    def enter(self, y: Tensor, state: AdaptiveState, context: Context, first: int) -> _Round:
+        """Newcomers whose first step is chosen, numbered from `first`."""
+        ids, passed = np.arange(first, first + len(state)), np.zeros(len(state), dtype=np.int64)
+        looks: list[Look] = []
+        if len(self.stops) and self.stops[0] == self.start:
+            looks.append((passed, ids, y))
+            passed = passed + 1
+        return _Round(_Batch(state, context, ids, passed), looks, bool((state.status != RUNNING).any()))
+
+    def beginning(self, y: Tensor) -> Generator[Query, Tensor, AdaptiveState]:
+        """The choice of newcomers' first steps."""
+        return self.solver.begin(y, self.start, self.end)
+
+    def attempt(self, batch: _Batch, errors: NDArray[np.float64] | None = None) -> Generator[Query, Tensor, Attempt]:
+        """The next attempt of a batch."""
+        return self.solver.attempt(batch.state, self.end, errors)
+
+    def settle(self, batch: _Batch, attempt: Attempt) -> _Round:
+        """The batch after an attempt."""
+        if self.watcher is not None:
+            self.watcher(attempt, batch.context)
+        state, passed, ended = attempt.state, batch.passed, attempt.ended > 0
+        looks: list[Look] = []
+        if len(self.stops):
+            sign = 1.0 if self.end >= self.start else -1.0
+            passed = np.searchsorted(sign * self.stops, sign * state.s, side="right")
+            state, looks = self.look(batch, attempt, passed)
+        if self.budget is not None:
+            spent = (state.status == RUNNING) & (state.nfe + self.reserve > self.budget)
+            state, ended = state.mark(spent, Status.BUDGET), ended or bool(spent.any())
+        return _Round(_Batch(state, batch.context, batch.ids, passed), looks, ended)
+
+    def look(self, batch: _Batch, attempt: Attempt, passed: Count) -> tuple[AdaptiveState, list[Look]]:
+        """The states at the stops that an attempt's accepted steps passed, and the batch's state with that paid for."""
+        state, stride = attempt.state, attempt.stride
+        looks: list[Look] = []
+        rows = np.repeat(np.arange(len(state)), passed - batch.passed)
+        if not len(rows):
+            return state, looks
+        stops = np.concatenate([np.arange(a, b) for a, b in zip(batch.passed, passed, strict=True)])
+        exact = self.stops[stops] == state.s[rows]
+        if exact.any():
+            looks.append((stops[exact], batch.ids[rows[exact]], take(state.y, rows[exact])))
+        if not exact.all():
+            inside, at = rows[~exact], stops[~exact]
+            theta = (self.stops[at] - stride.s[inside]) / stride.h[inside]
+            unique = np.unique(inside)
+            values = _answered(look(stride, inside, theta), batch.context.select(unique), self.ask)
+            looks.append((at, batch.ids[inside], values))
+            state = state.charge(unique, stride.missing)
+        return state, looks
+
+    def segment(self, batch: _Batch, length: int) -> _Round:
+        """Up to `length` attempts of a batch that is running as a whole, with a graph that is remade when needed."""
+        tape: list[NDArray[np.float64]] = []
+        made: list[Any] = []
+
+        def through(y: Tensor, slope: Tensor) -> tuple[Tensor, ...]:
+            now = _Round(replace(batch, state=replace(batch.state, y=y, slope=slope)), [], False)
+            kept: list[Look] = []
+            for i in range(length):
+                errors = tape[i] if i < len(tape) else None
+                attempt = _answered(self.attempt(now.batch, errors), batch.context, self.ask)
+                if errors is None:
+                    tape.append(attempt.error)
+                now = self.settle(now.batch, attempt)
+                kept += now.looks
+                if now.ended:
+                    break
+            if not made:
+                made.append(now._replace(looks=kept))
+            return now.batch.state.y, now.batch.state.slope, *(values for _, _, values in kept)
+
+        y, slope, *values = checkpoint(through, batch.state.y, batch.state.slope, use_reentrant=False)
+        after, kept, ended = made[0]
+        made[0] = None  # the graph made on the way is not to be kept alive
+        looks = [(at, ids, v) for (at, ids, _), v in zip(kept, values, strict=True)]
+        return _Round(replace(after, state=replace(after.state, y=y, slope=slope)), looks, ended)
 
 
 def pursue(
@@ -258,85 +367,45 @@ def pursue(
     Raises:
         ValueError: a budget that does not suffice for one step.
     """
-    least = solver.begin_nfe + solver.attempt_nfe
+    pursuit = _Pursuit(solver, start, end, ask, np.asarray(stops, dtype=np.float64), budget, watcher)
+    least = solver.begin_nfe + pursuit.reserve
     if budget is not None and budget < least:
         raise ValueError(f"a budget of {budget} evaluations; {type(solver).__name__} needs {least} to take one step")
-    marks = np.asarray(stops, dtype=np.float64)
-    sign = 1.0 if end >= start else -1.0
     batch: _Batch | None = None
-    entered, finished, spent = 0, 0, 0
-    exhausted, length = False, 1
-
-    def attempted(
-        batch: _Batch, errors: NDArray[np.float64] | None, fresh: Any
-    ) -> tuple[Attempt, AdaptiveState | None]:
-        """The next attempt of a batch, with the beginning of what has arrived."""
-        if fresh is None:
-            return _answered(solver.attempt(batch.state, end, errors), batch.context, ask), None
-        attempt, begun = _convoy(
-            [
-                (solver.attempt(batch.state, end, errors), batch.context),
-                (solver.begin(fresh[0], start, end), fresh[1]),
-            ],
-            ask,
-        )
-        return attempt, begun
-
-    def settled(batch: _Batch, attempt: Attempt) -> tuple[_Batch, list[Look], bool]:
-        """The batch after an attempt, what it passed, and whether some samples have ended."""
-        state, passed, ended = attempt.state, batch.passed, attempt.ended > 0
-        looks: list[Look] = []
-        if len(marks):
-            passed = np.searchsorted(sign * marks, sign * state.s, side="right")
-            state, looks = _looked(batch, attempt, passed, marks, ask)
-        if budget is not None:
-            spent = (state.status == RUNNING) & (state.nfe + solver.attempt_nfe > budget)
-            state, ended = state.mark(spent, Status.BUDGET), ended or bool(spent.any())
-        return _Batch(state, batch.context, batch.ids, passed), looks, ended
-
+    entered, finished, spent, length, exhausted = 0, 0, 0, 1, False
     with _bar(progress, total, "sample") as bar:
         while True:
             fresh = None
-            if not exhausted and (batch is None or len(batch.ids) < width):
-                fresh = arrivals(width - (0 if batch is None else len(batch.ids)))
+            if not exhausted and (batch is None or len(batch) < width):
+                fresh = arrivals(width - (0 if batch is None else len(batch)))
                 exhausted = fresh is None
-            if batch is None and fresh is None:
-                return
-            looks: list[Look] = []
-            begun, ended = None, False
-            if batch is not None:
+            rounds: list[_Round] = []
+            if batch is None:
+                if fresh is None:
+                    return
+                begun = _answered(pursuit.beginning(fresh[0]), fresh[1], ask)
+            elif fresh is None:
                 if segments:
-                    batch, looks, ended = _segment(batch, length, attempted, settled)
+                    rounds.append(pursuit.segment(batch, length))
                     length += 1
                 else:
-                    attempt, begun = attempted(batch, None, fresh)
-                    if watcher is not None:
-                        watcher(attempt, batch.context)
-                    batch, looks, ended = settled(batch, attempt)
-            elif fresh is not None:
-                begun = _answered(solver.begin(fresh[0], start, end), fresh[1], ask)
-            if begun is not None and fresh is not None:
-                new = _Batch(
-                    begun,
-                    fresh[1],
-                    np.arange(entered, entered + len(begun)),
-                    np.zeros(len(begun), dtype=np.int64),
-                )
-                entered += len(begun)
-                if len(marks) and marks[0] == start:
-                    looks.append((new.passed, new.ids, begun.y))
-                    new = replace(new, passed=new.passed + 1)
-                ended = ended or bool((begun.status != RUNNING).any())
-                batch = new if batch is None else batch.joined(new)
-            assert batch is not None
-            if ended:
+                    rounds.append(pursuit.settle(batch, _answered(pursuit.attempt(batch), batch.context, ask)))
+            else:
+                pairs = [(pursuit.attempt(batch), batch.context), (pursuit.beginning(fresh[0]), fresh[1])]
+                attempt, begun = _convoy(pairs, ask)
+                rounds.append(pursuit.settle(batch, attempt))
+            if fresh is not None:
+                rounds.append(pursuit.enter(fresh[0], begun, fresh[1], entered))
+                entered += len(fresh[0])
+            batch = reduce(_Batch.joined, [r.batch for r in rounds])
+            looks = [look for r in rounds for look in r.looks]
+            if any(r.ended for r in rounds):
                 state, done = batch.state, batch.state.status != RUNNING
                 leaving = np.flatnonzero(done)
                 whole = len(leaving) == len(done)
-                y = state.y if whole else take(state.y, leaving)
-                left, finished = batch.ids[leaving], finished + len(leaving)
-                spent += int(state.nfe[leaving].sum())
+                finished, spent = finished + len(leaving), spent + int(state.nfe[leaving].sum())
                 bar(len(leaving), nfe=spent / finished)
+                y, left = state.y if whole else take(state.y, leaving), batch.ids[leaving]
                 batch = None if whole else batch.select(np.flatnonzero(~done))
                 yield Finished(left, y, state.s[leaving], state.counts[:, leaving], looks)
             elif looks:
@@ -374,62 +443,6 @@ def _convoy(parts: Sequence[tuple[Generator[Query, Tensor, Any], Context]], ask:
                 results[i] = stop.value
                 del waiting[i]
     return results
-
-
-def _looked(
-    batch: _Batch,
-    attempt: Attempt,
-    passed: Count,
-    marks: NDArray[np.float64],
-    ask: Ask,
-) -> tuple[AdaptiveState, list[Look]]:
-    """What an attempt's accepted steps passed, and the state with that paid for."""
-    state, stride = attempt.state, attempt.stride
-    looks: list[Look] = []
-    rows = np.repeat(np.arange(len(state)), passed - batch.passed)
-    if not len(rows):
-        return state, looks
-    stops = np.concatenate([np.arange(a, b) for a, b in zip(batch.passed, passed, strict=True)])
-    exact = marks[stops] == state.s[rows]
-    if exact.any():
-        looks.append((stops[exact], batch.ids[rows[exact]], take(state.y, rows[exact])))
-    if not exact.all():
-        inside, at = rows[~exact], stops[~exact]
-        theta = (marks[at] - stride.s[inside]) / stride.h[inside]
-        unique = np.unique(inside)
-        values = _answered(look(stride, inside, theta), batch.context.select(unique), ask)
-        looks.append((at, batch.ids[inside], values))
-        state = state.charge(unique, stride.missing)
-    return state, looks
-
-
-def _segment(batch: _Batch, length: int, attempted: Any, settled: Any) -> tuple[_Batch, list[Look], bool]:
-    """Up to `length` attempts of a batch, all of whose samples are running, with a graph that is remade when needed."""
-    tape: list[NDArray[np.float64]] = []
-    outcome: Any = None
-
-    def through(y: Tensor, slope: Tensor) -> tuple[Tensor, ...]:
-        nonlocal outcome
-        now = replace(batch, state=replace(batch.state, y=y, slope=slope))
-        kept: list[Look] = []
-        ended = False
-        for i in range(length):
-            attempt, _ = attempted(now, tape[i] if i < len(tape) else None, None)
-            if i == len(tape):
-                tape.append(attempt.error)
-            now, looks, ended = settled(now, attempt)
-            kept += looks
-            if ended:
-                break
-        if outcome is None:
-            outcome = now, kept, ended
-        return now.state.y, now.state.slope, *(values for _, _, values in kept)
-
-    y, slope, *values = checkpoint(through, batch.state.y, batch.state.slope, use_reentrant=False)
-    now, kept, ended = outcome
-    outcome = ()  # the graph made on the way is not to be kept alive
-    looks = [(at, ids, v) for (at, ids, _), v in zip(kept, values, strict=True)]
-    return replace(now, state=replace(now.state, y=y, slope=slope)), looks, ended
 
 
 def collect(parts: Sequence[Finished], y: Tensor, stops: int) -> tuple[Tensor | None, Solution]:

@@ -6,6 +6,7 @@ Times of output (`t_eval`) do not disturb the steps: the state there comes from 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial, reduce
@@ -188,11 +189,11 @@ def trajectory(
         return states, Solution(states[-1], nfe, status, zero, zero, there)
     if intervals is not None:
         watch: dict[int, list[float]] = {}
+        reached = [abs(b - start) for _, b, _ in intervals]
         assert isinstance(solver, RungeKutta)
         for stop in stops if dense else ():
             if stop != start:
-                i = next(i for i, (_, b, _) in enumerate(intervals) if abs(stop - start) <= abs(b - start))
-                watch.setdefault(i, []).append(stop)
+                watch.setdefault(bisect_left(reached, abs(stop - start)), []).append(stop)
         travel = partial(solver.sweep, intervals)
         seen, solution = march(
             travel, y, intervals, ask, context.tree, start=start, watch=watch, segments=mode == "checkpoint",

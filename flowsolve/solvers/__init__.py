@@ -12,11 +12,13 @@
 | `DDPM` | weak 1 | 1 | frozen estimate |
 | `ExactSDE` | weak 1 | 1 | frozen estimate, any η |
 | `EulerMaruyama` | weak 1 | 1 | SDE, any η |
+| `bridges.Torchdiffeq`, `bridges.Torchsde` | | | any method of those libraries (`flowsolve.solvers.bridges`) |
 
 Any other explicit method is a `Tableau` in a subclass of `RungeKutta` or, with an embedded companion, of `Adaptive`.
 """
 
 from flowsolve.kernels import largest, rms
+from flowsolve.solvers import bridges
 from flowsolve.solvers.adaptive import Adaptive, Bosh3, Dopri5, Dopri8, Status, Tsit5
 from flowsolve.solvers.base import EstimateSolver, Query, Solver, State
 from flowsolve.solvers.controllers import PI, PID, Controller, I
@@ -51,6 +53,7 @@ __all__ = [
     "Status",
     "Tableau",
     "Tsit5",
+    "bridges",
     "largest",
     "rms",
 ]
