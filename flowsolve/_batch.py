@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-__all__ = ["Context", "choose", "linear", "per_sample", "rows", "saturating_log", "state_dtype", "take"]
+__all__ = ["Context", "choose", "linear", "per_sample", "rows", "saturating_log", "send", "state_dtype", "take"]
 
 TINY = 2.2250738585072014e-308  # the smallest normal float64; log-SNRs saturate at ±log(TINY) = ±708.4
 
@@ -21,15 +21,23 @@ def saturating_log(v: Any) -> Any:
     return v.clamp_min(TINY).log() if isinstance(v, Tensor) else math.log(max(v, TINY))
 
 
+def send(v: Tensor, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """v on the device of `like`, in a dtype; from the host without waiting for what the device is busy with.
+
+    (A copy from pageable memory has read it when the call returns; the other way round it would not be safe.)
+    """
+    return v.to(device=like.device, dtype=dtype or v.dtype, non_blocking=v.is_cpu)
+
+
 def per_sample(c: Any, x: Tensor) -> Any:
     """A coefficient ready to multiply x of shape (B, *S): floats pass, a tensor of shape (B,) is moved and reshaped."""
     if not isinstance(c, Tensor):
         return c
     if c.ndim == 0:
-        return c.to(device=x.device, dtype=x.dtype)
+        return send(c, x, x.dtype)
     if c.shape != x.shape[:1]:
         raise ValueError(f"a time or coefficient of shape {tuple(c.shape)} met a batch of {x.shape[0]} samples")
-    return c.to(device=x.device, dtype=x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+    return send(c, x, x.dtype).reshape(-1, *[1] * (x.ndim - 1))
 
 
 def linear(a: Any, x: Tensor, b: Any, y: Tensor) -> Tensor:
@@ -48,7 +56,7 @@ def choose(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
     """new of shape (B, *S) for the samples in a host mask of shape (B,), old for the others; free where all agree."""
     if bool(mask.all()):
         return new
-    return torch.where(mask.to(new.device).reshape(-1, *[1] * (new.ndim - 1)), new, old)
+    return torch.where(send(mask, new).reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
 
 def rows(x: Tensor) -> Tensor:
@@ -63,7 +71,7 @@ def state_dtype(x: Tensor) -> torch.dtype:
 
 def take(x: Tensor, index: NDArray[np.int64]) -> Tensor:
     """Some rows of x, by position."""
-    return x.index_select(0, torch.from_numpy(index).to(x.device))
+    return x.index_select(0, send(torch.from_numpy(index), x))
 
 
 class Context:

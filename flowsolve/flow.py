@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowsolve._batch import state_dtype
+from flowsolve._batch import send, state_dtype
 from flowsolve.checks import CheckReport, check
 from flowsolve.paths import Path, Point
 from flowsolve.predictions import Estimate, Prediction, SingularEstimate, resolve
@@ -134,7 +134,7 @@ class Flow:
         fed = x.to(self.dtype or x.dtype)
         when = torch.promote_types(fed.dtype, torch.float32)
         if isinstance(native, Tensor) and native.ndim:
-            time = native.to(device=x.device, dtype=when)
+            time = send(native, x, when)
         else:
             time = torch.full((x.shape[0],), float(native), device=x.device, dtype=when)
         output = self.net(fed, time, **cond)

@@ -103,7 +103,7 @@ class Noise:
     def words(self, stream: int, interval: int, count: int, device: torch.device) -> Tensor:
         """(B, 4·⌈count/4⌉) random 32-bit words as int64."""
         blocks = -(-count // 4)
-        samples = self.samples.to(device).unsqueeze(1)
+        samples = self.samples.to(device, non_blocking=self.samples.is_cpu).unsqueeze(1)
         counter = (
             torch.arange(blocks, device=device).unsqueeze(0),
             torch.full_like(samples, interval & MASK),

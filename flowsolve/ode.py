@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from flowsolve import grids
 from flowsolve._arguments import check_gradient, check_solver, state
-from flowsolve._batch import Context, state_dtype
+from flowsolve._batch import Context, send, state_dtype
 from flowsolve.drivers import Ask, collect, march, pursue, resident
 from flowsolve.gradients import Backsolve, parameters_of
 from flowsolve.planning import share, whole
@@ -99,11 +99,11 @@ def solve(
         x, nodes = query.x, query.nodes
         if nodes is None:
             t = query.t
-            time = clock.get(t) if isinstance(t, float) else layout.time(t.to(x.device, x.dtype))
+            time = clock.get(t) if isinstance(t, float) else layout.time(send(t, x, x.dtype))
             if time is None:
                 time = torch.full((), t, dtype=x.dtype, device=x.device)
         else:
-            time = nodes.once(ask, lambda times: layout.time(times.to(x.device, x.dtype)).unbind(0))[query.row]
+            time = nodes.once(ask, lambda times: layout.time(send(times, x, x.dtype)).unbind(0))[query.row]
         return layout.slope(f, time, x)
 
     intervals = None

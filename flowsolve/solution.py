@@ -15,7 +15,7 @@ REASONS = {
     Status.RUNNING: "still running",
     Status.SUCCESS: "reached the end",
     Status.NONFINITE: "met a value that is not finite",
-    Status.UNDERFLOW: "step size fell below min_step or the resolution of time (a stiff field, or one that is not smooth)",
+    Status.UNDERFLOW: "step size fell below min_step or the resolution of time (the field is stiff or has a jump)",
     Status.BUDGET: "evaluation budget spent",
     Status.MAX_STEPS: "max_steps attempts made",
     Status.MAX_REJECTIONS: "max_rejections steps rejected in a row (the field is not smooth there)",

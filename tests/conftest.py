@@ -12,6 +12,8 @@ import torch
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+# Plain torch kernels, unless a test says otherwise: when compiled ones would be loaded depends on the tests before.
+os.environ.setdefault("FLOWSOLVE_KERNELS", "torch")
 
 _SLOW_FIRST_CALL = [HealthCheck.too_slow]  # the first torch or numba call of a process takes seconds
 settings.register_profile(

@@ -148,7 +148,10 @@ def merge(accepted: NDArray[np.bool_], passed: int, new: Tensor, old: Tensor) ->
 
 def aim(real: Vector, s_end: float, c: Vector) -> tuple[Vector, Vector, Vector]:
     """Sizes, ends and nodes of the next attempt; see `flowsolve.kernels.control.aim`."""
-    return (_host() or control).aim(real, s_end, c)  # type: ignore[no-any-return]
+    compiled = _host()
+    if compiled is None:
+        return control.aim(real, s_end, c)
+    return compiled.aim(np.ascontiguousarray(real), s_end, c)  # type: ignore[no-any-return]
 
 
 def judge(
@@ -158,6 +161,8 @@ def judge(
     compiled = _host()
     if compiled is None:
         return control.judge(error, real, counts, h, s_next, s_end, law)
+    # Columns that were picked by number are in another order in memory, for which all would be compiled once more.
+    real, counts = np.ascontiguousarray(real), np.ascontiguousarray(counts)
     return Verdict(*compiled.judge(error, real, counts, h, s_next, s_end, law))
 
 
@@ -177,9 +182,11 @@ def _fused(y: Tensor, recording: bool) -> ModuleType | None:
     if mode == "torch" or dtype not in SERVED or not _plain(y, dtype, recording) or not y.numel():
         return None
     kind = "cpu" if y.is_cpu else y.device.type
-    if kind not in _rent or _within_transform() is not None or torch.compiler.is_compiling():
+    if kind not in _rent or torch.compiler.is_compiling() or _within_transform() is not None:
         return None
     if kind not in _loaded:
+        if kind == "cuda" and torch.cuda.is_current_stream_capturing():
+            return None  # a graph is no place to compile in
         _rent[kind] += CALL + BYTE * y.numel() * y.element_size()
         if mode == "auto" and _rent[kind] < PRICE:
             return None
@@ -193,7 +200,7 @@ def _load(kind: str) -> ModuleType | None:
         if kind == "cpu":
             from flowsolve.kernels import cpu as module
         else:
-            from flowsolve.kernels import cuda as module  # type: ignore[no-redef,attr-defined]
+            from flowsolve.kernels import cuda as module  # type: ignore[no-redef]
         module.probe()
     except Exception as error:  # whatever a compiler may raise: the twins serve as well
         logging.getLogger(__name__).warning("no fused kernels on %s, plain torch serves: %s", kind, error)

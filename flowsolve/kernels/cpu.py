@@ -93,7 +93,7 @@ def _as(typing: Any, value: Any, one: Any) -> Any:
 def _accumulate(one, n, out, base, offset, plan, stages, weights, h):  # type: ignore[no-untyped-def]
     """n numbers of out = base + h Σ w k, from an offset in bytes into the plan's slopes."""
     m = stages.size
-    if n <= NARROW:  # the loop over the slopes inside: no overhead of short loops
+    if n <= NARROW or m == 0:  # the loop over the slopes inside: no overhead of short loops
         for i in range(n):
             total = base[i]
             for j in range(m):

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flowsolve._batch import rows
+from flowsolve._batch import rows, send
 
 __all__ = ["error_norm", "host", "largest", "merge", "rms", "scale", "weighted"]
 
@@ -27,11 +27,15 @@ def largest(x: Tensor) -> Tensor:
 
 def host(v: Tensor) -> NDArray[np.float64]:
     """Numbers of a device as float64 on the host: the one read that an adaptive step waits for."""
-    return v.detach().to("cpu", torch.float64).numpy()
+    return v.detach().cpu().double().numpy()
 
 
 def weighted(slopes: Sequence[Tensor], weights: NDArray[np.float64], base: Tensor | None = None) -> Tensor:
     """base + Σ_j w_j k_j, with weights of shape (1, m) or (B, m); see `flowsolve.kernels.Slopes.advance`."""
+    if not slopes:
+        if base is None:
+            raise ValueError("nothing to add up: no slopes and no state")
+        return base
     total, fresh = base, False  # fresh: `total` is ours to write to
     if len(weights) == 1:
         for w, k in zip(weights[0].tolist(), slopes, strict=True):
@@ -39,12 +43,11 @@ def weighted(slopes: Sequence[Tensor], weights: NDArray[np.float64], base: Tenso
             fresh = not total.requires_grad
     else:
         like = slopes[0]
-        table = torch.from_numpy(weights).to(like.device, like.dtype).reshape(*weights.shape, *[1] * (like.ndim - 1))
+        table = send(torch.from_numpy(weights), like, like.dtype).reshape(*weights.shape, *[1] * (like.ndim - 1))
         for w, k in zip(table.unbind(1), slopes, strict=True):
             total = w * k if total is None else (total.addcmul_ if fresh else total.addcmul)(w, k)
             fresh = not total.requires_grad
-    if total is None:
-        raise ValueError("nothing to add up: no slopes and no state")
+    assert total is not None
     return total
 
 
@@ -71,5 +74,5 @@ def error_norm(
 
 def merge(accepted: NDArray[np.bool_], new: Tensor, old: Tensor) -> Tensor:
     """The rows of `new` where accepted, those of `old` elsewhere."""
-    mask = torch.from_numpy(accepted).to(new.device)
+    mask = send(torch.from_numpy(accepted), new)
     return torch.where(mask.reshape(-1, *[1] * (new.ndim - 1)), new, old)

@@ -30,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flowsolve._batch import per_sample
+from flowsolve._batch import per_sample, send
 from flowsolve.charts import Chart
 from flowsolve.flow import Flow
 from flowsolve.noise import Noise
@@ -277,7 +277,7 @@ def charted(query: Query, chart: Chart, path: Path) -> Query:
         t = chart.time(path, clock.flatten()).unflatten(0, clock.shape)
         points = path.at(t)
         c = chart.scale(points)
-        return Nodes(t.numpy()), points, c if isinstance(c, float) else c.to(device=y.device, dtype=y.dtype)
+        return Nodes(t.numpy()), points, c if isinstance(c, float) else send(c, y, y.dtype)
 
     times, points, c = nodes.once((chart, path), translate)
     point = Point(*(v[row] for v in points))
