@@ -93,17 +93,30 @@ def solve(
     y = layout.pack(y0)
     _check_resolution(start, stops[-1], y.dtype)
 
-    clock: dict[float, Tensor] = {}
+    clock: dict[Any, Tensor] = {}
+    device, dtype, plain, known = y.device, y.dtype, not (layout.tree or layout.single), clock.get
+
+    def rows(times: Tensor) -> tuple[Tensor, ...]:
+        return layout.time(send(times, y, dtype)).unbind(0)
 
     def ask(query: Query, context: Any) -> Tensor:
         x, nodes = query.x, query.nodes
-        if nodes is None:
-            t = query.t
-            time = clock.get(t) if isinstance(t, float) else layout.time(send(t, x, x.dtype))
-            if time is None:
-                time = torch.full((), t, dtype=x.dtype, device=x.device)
+        if nodes is not None:
+            time = nodes.once(rows, rows)[query.row]
+        elif (found := known(query.time)) is not None:
+            time = found
         else:
-            time = nodes.once(ask, lambda times: layout.time(send(times, x, x.dtype)).unbind(0))[query.row]
+            t = query.time
+            time = (
+                layout.time(send(t, x, dtype))
+                if isinstance(t, Tensor)
+                else torch.full((), t, dtype=dtype, device=device)
+            )
+        if plain:
+            slope = f(time, x)
+            if slope.__class__ is Tensor and slope.dtype is dtype and slope.shape == x.shape:
+                return slope
+            return layout.checked(slope, x)
         return layout.slope(f, time, x)
 
     intervals = None
@@ -316,14 +329,7 @@ class _Layout:
         """f(t, y) as one tensor."""
         if not self.tree:
             given = x[0] if self.single else x
-            slope = f(t, given)
-            if slope.__class__ is Tensor and slope.dtype is x.dtype and slope.shape == x.shape and not self.single:
-                return slope
-            if not isinstance(slope, Tensor) or slope.shape != given.shape:
-                got = tuple(slope.shape) if isinstance(slope, Tensor) else type(slope).__name__
-                raise ValueError(f"f(t, y) returned {got} for y of shape {tuple(given.shape)}; expected the same shape")
-            slope = slope.unsqueeze(0) if self.single else slope
-            return slope if slope.dtype is x.dtype else slope.to(x.dtype)
+            return self.checked(f(t, given), given)
         given = self.unpack(x, like=True)
         leaves, spec = tree_flatten(f(t, given))
         expected = [v.shape for v in tree_flatten(given)[0]]
@@ -333,6 +339,13 @@ class _Layout:
                 f"f(t, y) returned a tree with {found}; expected that of y0, with {[tuple(s) for s in expected]}"
             )
         return torch.cat([self._row(v.to(x.dtype)) for v in leaves], 1)
+
+    def checked(self, slope: Any, given: Tensor) -> Tensor:
+        """What f returned for a tensor, if it is of the same shape, in the dtype of the state."""
+        if not isinstance(slope, Tensor) or slope.shape != given.shape:
+            got = tuple(slope.shape) if isinstance(slope, Tensor) else type(slope).__name__
+            raise ValueError(f"f(t, y) returned {got} for y of shape {tuple(given.shape)}; expected the same shape")
+        return (slope.unsqueeze(0) if self.single else slope).to(given.dtype)
 
     def _row(self, leaf: Tensor) -> Tensor:
         return leaf.reshape(1, -1) if self.single else leaf.reshape(len(leaf), -1)

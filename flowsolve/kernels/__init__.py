@@ -101,7 +101,8 @@ class Slopes:
         kernels = self._kernels
         if kernels is not None:
             i = len(self.tensors)
-            if i < kernels.MOST and _plain(k, self.y.dtype, self._recording):
+            dense = k.dtype is self.y.dtype and type(k) is Tensor and k.is_contiguous()
+            if dense and i < kernels.MOST and not (self._recording and k.requires_grad):
                 self._plan[kernels.FIRST + i] = k.data_ptr()
             else:
                 self._kernels = None

@@ -27,7 +27,10 @@ def largest(x: Tensor) -> Tensor:
 
 def host(v: Tensor) -> NDArray[np.float64]:
     """Numbers of a device as float64 on the host: the one read that an adaptive step waits for."""
-    return v.detach().cpu().double().numpy()
+    numbers = v.detach()
+    if not (v.is_cpu and v.dtype is torch.float64):
+        numbers = numbers.cpu().double()
+    return numbers.numpy()
 
 
 def weighted(slopes: Sequence[Tensor], weights: NDArray[np.float64], base: Tensor | None = None) -> Tensor:

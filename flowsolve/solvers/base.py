@@ -70,26 +70,27 @@ class Query:
 
     Attributes:
         x: the state, shape (B, *S).
+        time: the time, where it is not among the nodes.
         nodes: the step's times, of which this is row `row`, where they are known.
         row: see `nodes`.
         point: the path's point at t, where it is known.
     """
 
-    __slots__ = ("_t", "nodes", "point", "row", "x")
+    __slots__ = ("nodes", "point", "row", "time", "x")
 
     def __init__(
         self, x: Tensor, t: Any = None, nodes: Nodes | None = None, row: int = 0, point: Point | None = None
     ) -> None:
-        self.x, self._t, self.nodes, self.row, self.point = x, t, nodes, row, point
+        self.x, self.time, self.nodes, self.row, self.point = x, t, nodes, row, point
 
     @property
     def t(self) -> Any:
         """The time: a float, or a float64 host tensor of shape (B,)."""
-        return self._t if self.nodes is None else torch.from_numpy(self.nodes.table[self.row])
+        return self.time if self.nodes is None else torch.from_numpy(self.nodes.table[self.row])
 
     def about(self, x: Tensor) -> Query:
         """The same question about another state."""
-        return Query(x, self._t, self.nodes, self.row, self.point)
+        return Query(x, self.time, self.nodes, self.row, self.point)
 
 
 @dataclass(frozen=True)

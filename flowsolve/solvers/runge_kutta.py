@@ -245,11 +245,17 @@ class RungeKutta(SlopeSolver):
                 y = stride.ahead
                 yield from visit(i, y, stride)
                 continue
+            if evaluations == 1:  # Euler's step, whose own cost is that of this loop
+                y = y.add((yield Query(y, s)), alpha=s_next - s)
+                continue
             tableau = self.tableau if evaluations == self.evaluations else SHORTER[evaluations]
             h, stage = s_next - s, y
             slopes: list[Tensor] = []
             for c, terms in tableau.sums[:evaluations]:
-                if terms:
+                if len(terms) == 1:
+                    ((j, w),) = terms
+                    stage = y.add(slopes[j], alpha=h * w)
+                elif terms:
                     stage = add_up(y, h, terms, slopes)
                 slopes.append((yield Query(stage, s if c == 0.0 else s_next if c == 1.0 else s + c * h)))
             y = add_up(y, h, tableau.total, slopes)
