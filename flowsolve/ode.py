@@ -127,7 +127,7 @@ def solve(
         times = share(grids.fractions(start, stops[-1], nfe), counts)
         intervals = list(zip(times, times[1:], counts, strict=False))
         if isinstance(solver, RungeKutta):  # all times of the grid go to the device at once
-            asked = [t for interval in intervals for t in solver.times(*interval)]
+            asked = solver.times(intervals)
             clock.update(zip(asked, torch.tensor(asked, dtype=y.dtype, device=y.device).unbind(0), strict=True))
 
     context = Context(None, len(y))
@@ -202,7 +202,7 @@ def trajectory(
         return states, Solution(states[-1], nfe, status, zero, zero, there)
     if intervals is not None:
         watch: dict[int, list[float]] = {}
-        reached = [abs(b - start) for _, b, _ in intervals]
+        reached = [abs(b - start) for _, b, _ in intervals] if dense else []
         assert isinstance(solver, RungeKutta)
         for stop in stops if dense else ():
             if stop != start:

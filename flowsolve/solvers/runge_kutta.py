@@ -261,10 +261,14 @@ class RungeKutta(SlopeSolver):
             y = add_up(y, h, tableau.total, slopes)
         return y
 
-    def times(self, s: float, s_next: float, evaluations: int) -> list[float]:
-        """The times that a step of so many evaluations asks about."""
-        h = s_next - s
-        return [s if c == 0.0 else s_next if c == 1.0 else s + c * h for c in self.method(evaluations).c[:evaluations]]
+    def times(self, intervals: Sequence[tuple[float, float, int]]) -> list[float]:
+        """The times that steps (s, s_next, evaluations) ask about, in order."""
+        nodes = {n: self.method(n).c[:n] for n in {n for _, _, n in intervals}}
+        return [
+            s if c == 0.0 else s_next if c == 1.0 else s + c * (s_next - s)
+            for s, s_next, n in intervals
+            for c in nodes[n]
+        ]
 
 
 @dataclass(frozen=True)
