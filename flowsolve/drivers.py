@@ -4,7 +4,7 @@ A driver counts every evaluation, notices values that are not finite, keeps a fa
 and shows progress.
 
 * `march` goes through a fixed grid. It reads nothing back from the device before the end: one number a sample and step
-  (at most 64 steps of a solve) is set aside there, and tells where a sample stopped being finite.
+  (at most 16 steps of a solve) is set aside there, and tells where a sample stopped being finite.
 * `pursue` runs an adaptive solver. Samples leave the batch as they finish, so that none is evaluated longer than it
   needs, and waiting ones take their places: the two evaluations that choose a newcomer's first step ride along with the
   first two of the others' next attempt, so the network sees one nearly full batch and no small ones.
@@ -39,7 +39,7 @@ from flowsolve.solvers.runge_kutta import Stride, look
 
 __all__ = ["Arrivals", "Ask", "Finished", "checks", "collect", "march", "pursue", "resident", "settle", "stepped"]
 
-CHECKS = 64
+CHECKS = 16
 Count = NDArray[np.int64]
 Watch = Mapping[int, Sequence[float]]
 Visit = Callable[[int, Tensor, Stride | None], Generator[Query, Any, None]]
@@ -151,7 +151,7 @@ def march(
 
 
 def checks(steps: int) -> frozenset[int]:
-    """The steps of a march after which to look whether all is finite: the last, and at most 64 in all."""
+    """The steps of a march after which to look whether all is finite: the last, and at most 16 in all."""
     every = -(-steps // CHECKS) if steps else 1
     return frozenset(i for i in range(steps) if (i + 1) % every == 0 or i + 1 == steps)
 

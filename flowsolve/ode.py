@@ -113,12 +113,10 @@ def solve(
                 else torch.full((), t, dtype=dtype, device=device)
             )
         if plain:
-            slope = f(time, x)
-            if slope.__class__ is Tensor and slope.dtype is dtype and slope.shape == x.shape:
-                return slope
-            return layout.checked(slope, x)
+            return layout.checked(f(time, x), x)
         return layout.slope(f, time, x)
 
+    answer: Ask = ask
     intervals = None
     if not solver.chooses_steps:
         if nfe is None:
@@ -127,15 +125,25 @@ def solve(
         times = share(grids.fractions(start, stops[-1], nfe), counts)
         intervals = list(zip(times, times[1:], counts, strict=False))
         if isinstance(solver, RungeKutta):  # all times of the grid go to the device at once
-            asked = solver.times(intervals)
+            asked = list(dict.fromkeys(solver.times(intervals)))
             clock.update(zip(asked, torch.tensor(asked, dtype=y.dtype, device=y.device).unbind(0), strict=True))
+            shape = y.shape
+
+            def answer(query: Query, context: Any) -> Tensor:
+                """What `ask` answers, at less cost where all is as usual."""
+                if plain and query.nodes is None and (time := known(query.time)) is not None:
+                    slope: Tensor = f(time, query.x)
+                    if slope.__class__ is Tensor and slope.dtype is dtype and slope.shape == shape:
+                        return slope
+                    return layout.checked(slope, query.x)
+                return ask(query, context)
 
     context = Context(None, len(y))
     extra = 0
     if isinstance(t0, Tensor) and t0.requires_grad:
         y, extra = y - _shift(t0) * _slope(ask, y, start, context), 1
     states, solution = trajectory(
-        y, start, stops, ask, context, solver=solver, intervals=intervals, budget=nfe, dense=t_eval is not None,
+        y, start, stops, answer, context, solver=solver, intervals=intervals, budget=nfe, dense=t_eval is not None,
         mode=gradient if torch.is_grad_enabled() else "direct", functions=[f], progress=progress,
     )  # fmt: skip
     ends = [t1] if t_eval is None else list(t_eval)
@@ -345,7 +353,8 @@ class _Layout:
         if not isinstance(slope, Tensor) or slope.shape != given.shape:
             got = tuple(slope.shape) if isinstance(slope, Tensor) else type(slope).__name__
             raise ValueError(f"f(t, y) returned {got} for y of shape {tuple(given.shape)}; expected the same shape")
-        return (slope.unsqueeze(0) if self.single else slope).to(given.dtype)
+        found: Tensor = slope.unsqueeze(0) if self.single else slope
+        return found if found.dtype is given.dtype else found.to(given.dtype)
 
     def _row(self, leaf: Tensor) -> Tensor:
         return leaf.reshape(1, -1) if self.single else leaf.reshape(len(leaf), -1)

@@ -54,7 +54,7 @@ from flowsolve.solvers.adaptive import Adaptive, AdaptiveState, Attempt, Bosh3, 
 from flowsolve.solvers.base import Query
 from flowsolve.solvers.bridges import spaced
 from flowsolve.solvers.controllers import PI
-from flowsolve.solvers.runge_kutta import Euler, Heun, Midpoint, RungeKutta, Stride
+from flowsolve.solvers.runge_kutta import Euler, Heun, Midpoint, RungeKutta
 from flowsolve.solvers.tableaus import Tableau
 
 __all__ = ["odeint", "odeint_adjoint"]
@@ -514,11 +514,16 @@ class _Watched:
         tell("callback_accept_step" if attempt.accepted[0] else "callback_reject_step", s, y, h)
         return attempt
 
-    def stride(self, y: Tensor, s: float, s_next: float, evaluations: int) -> Generator[Query, Tensor, Stride]:
-        """One step of a fixed grid."""
-        getattr(self, "tell", _silent)("callback_step", s, y, s_next - s)
-        stride: Stride = yield from super().stride(y, s, s_next, evaluations)  # type: ignore[misc]
-        return stride
+    def sweep(
+        self, intervals: Any, y: Tensor, first: int, last: int, visited: Any, visit: Any
+    ) -> Generator[Query, Tensor, Tensor]:
+        """The steps of a fixed grid."""
+        tell: Callable[..., None] = getattr(self, "tell", _silent)
+        for i in range(first, last):
+            s, s_next, _ = intervals[i]
+            tell("callback_step", s, y, s_next - s)
+            y = yield from super().sweep(intervals, y, i, i + 1, visited, visit)  # type: ignore[misc]
+        return y
 
 
 def _silent(name: str, s: float, y: Tensor, h: float) -> None:

@@ -4,7 +4,7 @@ r"""Kernels: the three passes over the state that a Runge–Kutta step consists 
 |---|---|---|
 | `Slopes.advance` | $y' = y + h \sum_j w_{bj} k_j$: a stage, or the new state | 1 + m |
 | `Slopes.error_norm` | the norm of $h \sum_j w_{bj} k_j$ in units of atol + rtol·max(\|y\|, \|y'\|) | 2 + m |
-| `merge` | the new state where a step was accepted, the old one elsewhere | 1 |
+| `Slopes.merge` | the new state where a step was accepted, the old one elsewhere | 1 |
 
 On the host, `aim` and `judge` are the arithmetic of step control (`flowsolve.kernels.control`).
 
@@ -38,7 +38,7 @@ from flowsolve.kernels import control, twin
 from flowsolve.kernels.control import Law, Verdict
 from flowsolve.kernels.twin import host, largest, rms
 
-__all__ = ["Law", "Slopes", "Verdict", "aim", "host", "judge", "largest", "merge", "rms", "use"]
+__all__ = ["Law", "Slopes", "Verdict", "aim", "host", "judge", "largest", "rms", "use"]
 
 MODES = ("auto", "torch", "fused")
 PRICE = 1.0  # seconds that loading costs
@@ -130,21 +130,22 @@ class Slopes:
         slopes = [self.tensors[i] for i in stages]
         return twin.error_norm(slopes, h[:, None] * weights, self.y, ahead, atol, rtol, norm)
 
+    def merge(self, accepted: NDArray[np.bool_], passed: int, new: Tensor, old: Tensor) -> Tensor:
+        """The rows of `new` where accepted, those of `old` elsewhere; free where all agree.
 
-def merge(accepted: NDArray[np.bool_], passed: int, new: Tensor, old: Tensor) -> Tensor:
-    """The rows of `new` where accepted, those of `old` elsewhere; free where all agree.
-
-    Args:
-        accepted: bool of shape (B,).
-        passed: how many there are.
-    """
-    if passed == len(accepted):
-        return new
-    if not passed:
-        return old
-    recording = torch.is_grad_enabled()
-    kernels = _fused(old, recording) if _plain(new, old.dtype, recording) else None
-    return (kernels or twin).merge(accepted, new, old)  # type: ignore[no-any-return]
+        Args:
+            accepted: bool of shape (B,).
+            passed: how many there are.
+            new, old: tensors of y's shape.
+        """
+        if passed == len(accepted):
+            return new
+        if not passed:
+            return old
+        recording, dtype = self._recording, self.y.dtype
+        if self._kernels is not None and _plain(new, dtype, recording) and _plain(old, dtype, recording):
+            return self._kernels.merge(accepted, new, old)  # type: ignore[no-any-return]
+        return twin.merge(accepted, new, old)
 
 
 def aim(real: Vector, s_end: float, c: Vector) -> tuple[Vector, Vector, Vector]:

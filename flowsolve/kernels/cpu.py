@@ -48,7 +48,7 @@ BLOCK = 2048
 NARROW = 8
 SPLIT = 1 << 16  # numbers to read for which a second thread pays
 MOST = 16  # slopes of a step
-VACANT = (0,) * MOST
+VACANT = np.zeros(FIRST + MOST, dtype=np.int64)
 DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
 TINY = {dtype: torch.finfo(dtype).tiny for dtype in DTYPES}
 FAST = {"contract", "reassoc", "nsz"}  # not nnan or ninf: what is not finite must stay visible
@@ -93,13 +93,9 @@ def _as(typing: Any, value: Any, one: Any) -> Any:
 def _accumulate(one, n, out, base, offset, plan, stages, weights, h):  # type: ignore[no-untyped-def]
     """n numbers of out = base + h Σ w k, from an offset in bytes into the plan's slopes."""
     m = stages.size
-    if n <= NARROW or m == 0:  # the loop over the slopes inside: no overhead of short loops
+    if m == 0:
         for i in range(n):
-            total = base[i]
-            for j in range(m):
-                total += _as(h * weights[j], one) * _at(plan[FIRST + stages[j]] + offset, one)[i]
-            out[i] = total
-        return
+            out[i] = base[i]
     for j in range(0, m, 3):  # three streams at a time; a missing one is the first, with weight 0
         two, three = j + 1 < m, j + 2 < m
         k0 = _at(plan[FIRST + stages[j]] + offset, one)
@@ -114,10 +110,32 @@ def _accumulate(one, n, out, base, offset, plan, stages, weights, h):  # type: i
 
 
 @_compiled
+def _accumulate_rows(one, width, n, out, base, first, plan, stages, weights, h):  # type: ignore[no-untyped-def]
+    """The same for short rows: n numbers of out = base + h Σ w k from number `first` on, h multiplied in last."""
+    zero = _as(0.0, one)
+    for i in range(n):
+        out[i] = zero
+    _accumulate(one, n, out, out, first * plan[SIZE], plan, stages, weights, 1.0)
+    row, i = first // width, 0
+    while i < n:
+        step = _as(h[row], one)
+        row += 1
+        stop = min(n, row * width - first)
+        while i < stop:
+            out[i] = base[i] + step * out[i]
+            i += 1
+
+
+@_compiled
 def _advance_part(one, plan, out, h, stages, weights, first, last):  # type: ignore[no-untyped-def]
     """Numbers first … last of y + h Σ w k."""
     size, width = plan[SIZE], plan[WIDTH]
     i = first
+    while width <= NARROW and h.size > 1 and weights.shape[0] == 1 and i < last:
+        n, offset = min(BLOCK, last - i), i * size
+        base = _at(plan[STATE] + offset, one)
+        _accumulate_rows(one, width, n, _at(out + offset, one), base, i, plan, stages, weights[0], h)
+        i += n
     while i < last:
         row = i // width
         n = min(BLOCK, last - i, (row + 1) * width - i)
@@ -153,30 +171,38 @@ def _error_part(one, plan, work, totals, ahead, h, stages, weights, tolerances, 
     size, width = plan[SIZE], plan[WIDTH]
     atol, rtol, tiny = _as(tolerances[0], one), _as(tolerances[1], one), _as(tolerances[2], one)
     local, zero = _at(work[0].ctypes.data, one), _at(work[1].ctypes.data, one)
+    short = width <= NARROW and h.size > 1 and weights.shape[0] == 1
     i = first
     while i < last:
         row = i // width
-        n = min(BLOCK, last - i, (row + 1) * width - i)
+        n = min(BLOCK, last - i, last if short else (row + 1) * width - i)
         offset = i * size
         a, b = _at(plan[STATE] + offset, one), _at(ahead + offset, one)
-        step = h[row if h.size > 1 else 0]
-        w = weights[row if weights.shape[0] > 1 else 0]
-        _accumulate(one, n, local, zero, offset, plan, stages, w, step)
+        if short:
+            _accumulate_rows(one, width, n, local, zero, i, plan, stages, weights[0], h)
+        else:
+            step = h[row if h.size > 1 else 0]
+            w = weights[row if weights.shape[0] > 1 else 0]
+            _accumulate(one, n, local, zero, offset, plan, stages, w, step)
         for j in range(n):  # an infinite state is an infinite error, whatever the scale: ∞ · 0 is not a number
             local[j] = (local[j] + b[j] * _as(0.0, one)) / max(atol + rtol * max(abs(a[j]), abs(b[j])), tiny)
-        if maximum:
-            most = totals[row]
-            for j in range(n):
-                v = abs(np.float64(local[j]))
-                if v > most or v != v:
-                    most = v
-            totals[row] = most
-        else:
-            total = 0.0
-            for j in range(n):
-                v = np.float64(local[j])
-                total += v * v
-            totals[row] += total
+        j = 0
+        while j < n:
+            stop = min(n, (row + 1) * width - i)
+            if maximum:
+                most = totals[row]
+                for k in range(j, stop):
+                    v = abs(np.float64(local[k]))
+                    if v > most or v != v:
+                        most = v
+                totals[row] = most
+            else:
+                total = 0.0
+                for k in range(j, stop):
+                    v = np.float64(local[k])
+                    total += v * v
+                totals[row] += total
+            j, row = stop, row + 1
         i += n
 
 
@@ -299,9 +325,9 @@ def judge(error, real, counts, h, s_next, s_end, law):  # type: ignore[no-untype
 def plan(y: Tensor) -> Indices:
     """The plan of a step from y, without slopes."""
     numbers = y.numel()
-    return np.array(
-        (y.element_size(), numbers, numbers // len(y), y.data_ptr(), _parts(numbers * 4), *VACANT), dtype=np.int64
-    )
+    made = VACANT.copy()
+    made[:FIRST] = y.element_size(), numbers, numbers // len(y), y.data_ptr(), _parts(numbers * 4)
+    return made
 
 
 def advance(y: Tensor, plan: Indices, h: Vector, stages: Indices, weights: Vector) -> Tensor:
@@ -325,7 +351,7 @@ def error_norm(
     """The norm of the local error in units of the tolerance; see `flowsolve.kernels.Slopes.error_norm`."""
     parts, maximum, dtype, width = int(plan[PARTS]), norm is largest, DTYPES[y.dtype], int(plan[WIDTH])
     totals = np.empty((parts or 1, len(y)))
-    work = np.empty((parts or 1, 2, min(BLOCK, width)), dtype=dtype)
+    work = np.empty((parts or 1, 2, min(BLOCK, y.numel())), dtype=dtype)
     tolerances = (atol, rtol, TINY[y.dtype])
     if not parts:
         _error(plan, work, totals, ahead.data_ptr(), h, stages, weights, tolerances, maximum)

@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowsolve._batch import take
-from flowsolve.kernels import Law, Slopes, aim, control, host, judge, merge, rms, twin
+from flowsolve.kernels import Law, Slopes, aim, control, host, judge, rms, twin
 from flowsolve.solvers.base import Nodes, Query
 from flowsolve.solvers.controllers import PI, Controller
 from flowsolve.solvers.runge_kutta import RungeKutta, Stride, ask_stages
@@ -267,7 +267,8 @@ class Adaptive(RungeKutta):
         ahead = yield from ask_stages(pair, Nodes(nodes), h, slopes, 1)
         error = self._error(ahead, h, slopes) if errors is None else errors
         accepted, passed, ended, real, counts = judge(error, state.real, state.counts, h, s_next, s_end, self.law)
-        y, slope = merge(accepted, passed, ahead, state.y), merge(accepted, passed, slopes[-1], state.slope)
+        y = slopes.merge(accepted, passed, ahead, state.y)
+        slope = slopes.merge(accepted, passed, slopes[-1], state.slope)
         new = AdaptiveState(y, slope, real, counts)
         return Attempt(new, Stride(pair, state.y, slopes.tensors, ahead, state.s, s_next, h), accepted, ended, error)
 

@@ -90,10 +90,14 @@ def ask_stages(
 
 def add_up(y: Tensor, h: float, terms: Sequence[tuple[int, float]], slopes: Sequence[Tensor]) -> Tensor:
     """y + h Σ w_j k_j with one h for all samples: a plain sum, cheaper to launch than any kernel."""
-    total, fresh = y, False
-    for j, w in terms:
-        total = (total.add_ if fresh else total.add)(slopes[j], alpha=h * w)
-        fresh = not total.requires_grad
+    (j, w), *others = terms
+    total = y.add(slopes[j], alpha=h * w)
+    if total.requires_grad:
+        for j, w in others:
+            total = total.add(slopes[j], alpha=h * w)
+    else:
+        for j, w in others:
+            total.add_(slopes[j], alpha=h * w)
     return total
 
 
@@ -210,15 +214,14 @@ class RungeKutta(SlopeSolver):
 
     def stride(self, y: Tensor, s: float, s_next: float, evaluations: int) -> Generator[Query, Tensor, Stride]:
         """The step from y at s to s_next, by exactly that many evaluations."""
-        tableau = self.tableau if evaluations == self.evaluations else SHORTER[evaluations]
-        h, stage = s_next - s, y
-        slopes: list[Tensor] = []
-        for c, terms in tableau.sums[:evaluations]:
-            if terms:
-                stage = add_up(y, h, terms, slopes)
-            # A node c = 1 sits at s_next to the bit.
-            slopes.append((yield Query(stage, s if c == 0.0 else s_next if c == 1.0 else s + c * h)))
-        return Stride(tableau, y, slopes, add_up(y, h, tableau.total, slopes), s, s_next, h)
+        made: list[Stride] = []
+
+        def keep(i: int, x: Tensor, stride: Stride) -> Generator[Query, Any, None]:
+            made.append(stride)
+            yield from ()
+
+        yield from self.sweep([(s, s_next, evaluations)], y, 0, 1, (0,), keep)
+        return made[0]
 
     def sweep(
         self,
@@ -227,9 +230,9 @@ class RungeKutta(SlopeSolver):
         first: int,
         last: int,
         visited: Container[int],
-        visit: Callable[[int, Tensor, Stride | None], Generator[Query, Any, None]],
+        visit: Callable[[int, Tensor, Stride], Generator[Query, Any, None]],
     ) -> Generator[Query, Tensor, Tensor]:
-        """The strides of intervals first … last − 1 in one loop, which is cheap beside a small field.
+        """The strides of intervals first … last − 1, in one loop that is cheap beside a small field.
 
         Args:
             intervals: (s, s_next, evaluations) of the whole grid.
@@ -237,28 +240,27 @@ class RungeKutta(SlopeSolver):
             visited: the intervals after which to visit.
             visit: is given an interval's number, the state at its end, and its stride.
         """
-        bare = type(self).stride is RungeKutta.stride
+        made, tableau = 0, self.tableau
         for i in range(first, last):
-            s, s_next, evaluations = intervals[i]
-            if i in visited or not bare:
-                stride = yield from self.stride(y, s, s_next, evaluations)
-                y = stride.ahead
-                yield from visit(i, y, stride)
-                continue
-            if evaluations == 1:  # Euler's step, whose own cost is that of this loop
-                y = y.add((yield Query(y, s)), alpha=s_next - s)
-                continue
-            tableau = self.tableau if evaluations == self.evaluations else SHORTER[evaluations]
-            h, stage = s_next - s, y
-            slopes: list[Tensor] = []
-            for c, terms in tableau.sums[:evaluations]:
+            before, (s, s_next, evaluations) = y, intervals[i]
+            if evaluations != made:
+                tableau = self.method(evaluations)
+                made, stages, total = evaluations, tableau.sums[:evaluations], tableau.total
+            h, slopes = s_next - s, []
+            for c, terms in stages:
+                if not terms:
+                    slopes.append((yield Query(y, s)))
+                    continue
                 if len(terms) == 1:
                     ((j, w),) = terms
-                    stage = y.add(slopes[j], alpha=h * w)
-                elif terms:
-                    stage = add_up(y, h, terms, slopes)
-                slopes.append((yield Query(stage, s if c == 0.0 else s_next if c == 1.0 else s + c * h)))
-            y = add_up(y, h, tableau.total, slopes)
+                    y = before.add(slopes[j], alpha=h * w)
+                else:
+                    y = add_up(before, h, terms, slopes)
+                # A node c = 1 sits at s_next to the bit.
+                slopes.append((yield Query(y, s if c == 0.0 else s_next if c == 1.0 else s + c * h)))
+            y = add_up(before, h, total, slopes) if made > 1 else before.add(slopes[0], alpha=h)
+            if i in visited:
+                yield from visit(i, y, Stride(tableau, before, slopes, y, s, s_next, h))
         return y
 
     def times(self, intervals: Sequence[tuple[float, float, int]]) -> list[float]:

@@ -213,7 +213,7 @@ def test_merge_copies_bits(shape: tuple[int, ...], dtype: torch.dtype, cuda: Mod
         v.view(-1)[-1] = -0.0
     accepted = np.random.default_rng(0).random(shape[0]) < 0.5
     accepted[:2] = True, False
-    found = kernels.merge(accepted, int(accepted.sum()), new, old)
+    found = Slopes(new).merge(accepted, int(accepted.sum()), new, old)
     mask = torch.from_numpy(accepted).to(DEVICE).reshape(-1, *[1] * (len(shape) - 1))
     assert bool((found.view(ints) == torch.where(mask, new.view(ints), old.view(ints))).all())
 
@@ -280,7 +280,7 @@ def test_a_fixed_grid_does_not_wait(cuda: ModuleType) -> None:
             for size in (h, own):
                 after = slopes.advance(size, np.arange(2), w)
                 slopes.error_norm(size, np.arange(2), w, after, 1.0, 1.0, rms)
-            kernels.merge(own > 0.5, int((own > 0.5).sum()), after, y)
+            slopes.merge(own > 0.5, int((own > 0.5).sum()), after, y)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -231,7 +231,7 @@ def test_merge_copies_bits(shape: tuple[int, ...], dtype: torch.dtype, served: l
     accepted = np.random.default_rng(0).random(shape[0]) < 0.5
     accepted[:2] = True, False
     with kernels.use("fused"):
-        found = kernels.merge(accepted, int(accepted.sum()), new, old)
+        found = Slopes(new).merge(accepted, int(accepted.sum()), new, old)
     assert served == ["merge"]
     truth = torch.where(torch.from_numpy(accepted).reshape(-1, *[1] * (len(shape) - 1)), new.view(ints), old.view(ints))
     assert bool((found.view(ints) == truth).all())
@@ -239,8 +239,8 @@ def test_merge_copies_bits(shape: tuple[int, ...], dtype: torch.dtype, served: l
 
 def test_merge_is_free_where_all_agree(served: list[str]) -> None:
     new, old = numbers(3, 2), numbers(3, 2, seed=1)
-    assert kernels.merge(np.ones(3, dtype=bool), 3, new, old) is new
-    assert kernels.merge(np.zeros(3, dtype=bool), 0, new, old) is old
+    assert Slopes(new).merge(np.ones(3, dtype=bool), 3, new, old) is new
+    assert Slopes(new).merge(np.zeros(3, dtype=bool), 0, new, old) is old
     assert served == []
 
 
@@ -283,7 +283,7 @@ def test_the_twin_serves_other_tensors(kind: str, served: list[str]) -> None:
         if not (y.is_complex() or not y.numel()):
             assert slopes.error_norm(*one, after, 1e-3, 1e-3, rms).shape == (len(y),)
         if len(y):
-            merged = kernels.merge(np.array([True, False, True]), 2, after, y)
+            merged = slopes.merge(np.array([True, False, True]), 2, after, y)
             assert merged.dtype is y.dtype
     assert served == []
     assert type(after) is (Own if kind == "a subclass" else Tensor)
