@@ -44,8 +44,8 @@ Count = NDArray[np.int64]
 Watch = Mapping[int, Sequence[float]]
 Visit = Callable[[int, Tensor, Stride | None], Generator[Query, Any, None]]
 """What to do after a step: its number, the state after it, and the step itself where its interpolant is at hand."""
-Travel = Callable[[Tensor, int, int, Container[int], Visit], Generator[Query, Any, Tensor]]
-"""From a state at one node to the state at another, (x, first, last, visited, visit), visiting after some steps."""
+Travel = Callable[[Any, int, int, Container[int], Visit], Generator[Query, Any, Any]]
+"""From what is carried at one node to what is at another, (state, first, last, visited, visit), visiting on the way."""
 Look = tuple[Count, Count, Tensor]
 RUNNING = control.RUNNING
 
@@ -63,25 +63,24 @@ class Ask(Protocol):
         ...
 
 
-def stepped(step: Stepper, state: State, intervals: Sequence[tuple[float, float, int]]) -> Travel:
-    """How a step function travels along intervals."""
+def stepped(step: Stepper, intervals: Sequence[tuple[float, float, int]]) -> Travel:
+    """How a step function travels along intervals, carrying a `State`."""
 
     def travel(
-        x: Tensor, first: int, last: int, visited: Container[int], visit: Visit
-    ) -> Generator[Query, Any, Tensor]:
-        now = state.advance(x)
+        state: State, first: int, last: int, visited: Container[int], visit: Visit
+    ) -> Generator[Query, Any, State]:
         for i in range(first, last):
-            now = yield from step(now, *intervals[i])
+            state = yield from step(state, *intervals[i])
             if i in visited:
-                yield from visit(i, now.x, None)
-        return now.x
+                yield from visit(i, state.x, None)
+        return state
 
     return travel
 
 
 def march(
     travel: Travel,
-    x: Tensor,
+    state: State | Tensor,
     intervals: Sequence[tuple[float, float, int]],
     ask: Ask,
     context: Any,
@@ -95,7 +94,7 @@ def march(
 
     Args:
         travel: `stepped`, or a Runge–Kutta solver's `sweep`.
-        x: the state at the start.
+        state: what is carried at the start: a `State` with `stepped`, the state itself with a `sweep`.
         watch: for some intervals by number, the times within (t, t_next] to look at; with a `sweep`.
         segments: throw away and remake the graph of √n steps at a time.
 
@@ -107,8 +106,8 @@ def march(
     counting = True
     visited: Container[int] = range(steps) if progress else nodes | watch.keys()
 
-    def through(x: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
-        """From the state at one node to the state at another, with what was looked at on the way."""
+    def through(state: State | Tensor, first: int, last: int) -> tuple[Any, ...]:
+        """From what is carried at one node to what is at another, with what was looked at on the way."""
         nonlocal calls
         looks: list[Tensor] = []
 
@@ -125,28 +124,29 @@ def march(
             if counting and progress:
                 bar(1)
 
-        generator, made = travel(x, first, last, visited, visit), 0
+        generator, made = travel(state, first, last, visited, visit), 0
         try:
             query = next(generator)
             while True:
                 made += 1
                 query = generator.send(ask(query, context))
         except StopIteration as stop:
-            x = stop.value
+            state = stop.value
         calls += made * counting
-        return x, *looks
+        return state, *looks
 
     length = max(1, math.isqrt(steps)) if segments else max(1, steps)
     with _bar(progress, steps, "step") as bar:
         for first in range(0, steps, length):
             last = min(steps, first + length)
             if segments:
-                x, *looks = checkpoint(through, x, first, last, use_reentrant=False)
+                state, *looks = checkpoint(through, state, first, last, use_reentrant=False)
             else:
-                x, *looks = through(x, first, last)
+                state, *looks = through(state, first, last)
             seen += looks
         counting = False  # from here on only gradients may call
 
+    x = state.x if isinstance(state, State) else state
     return seen, settle(x, torch.stack(magnitudes) if magnitudes else None, checked, start, calls, steps)
 
 

@@ -129,6 +129,10 @@ class Noise:
         pairs = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1)
         return pairs.flatten(1)[:, :count].reshape(like.shape).to(like.dtype)
 
+    def step(self, t: float, t_next: float, like: Tensor) -> Tensor:
+        """Standard normals for a step from flow time t to t_next, of the shape, dtype and device of `like`."""
+        return self.normal(STEP, interval(t), like)
+
     def rademacher(self, stream: int, interval: int, like: Tensor) -> Tensor:
         """Random signs ±1 of the shape (B, *S), dtype and device of `like`."""
         count = math.prod(like.shape[1:])

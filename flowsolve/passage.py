@@ -137,10 +137,9 @@ class Passage:
         if self.capture:
             require_cuda(y)
             return captured(self, y, context.tree["cond"], context.tree["samples"])
-        begin = State(y, noise=noise)
         _, solution = march(
-            stepped(self.stepper(), begin, self.grid), y, self.grid, self.estimate, context.tree, start=self.start,
-            segments=mode == "checkpoint", progress=progress,
+            stepped(self.stepper(), self.grid), State(y, noise), self.grid, self.estimate, context.tree,
+            start=self.start, segments=mode == "checkpoint", progress=progress,
         )  # fmt: skip
         return solution
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -38,8 +38,8 @@ from flowsolve.paths import Path, Point
 from flowsolve.predictions import Estimate
 
 __all__ = [
-    "EstimateSolver", "Foreign", "ForeignSDE", "Nodes", "Query", "SlopeSolver", "Solver", "State", "Step", "charted",
-    "in_chart", "run", "scaled", "slope_in",
+    "EstimateSolver", "Foreign", "ForeignSDE", "Nodes", "Past", "Query", "SlopeSolver", "Solver", "State", "Step",
+    "charted", "in_chart", "run", "scaled", "slope_in",
 ]  # fmt: skip
 
 
@@ -93,6 +93,20 @@ class Query:
         return Query(x, self.time, self.nodes, self.row, self.point)
 
 
+class Past(NamedTuple):
+    """What a multistep solver remembers of an evaluation.
+
+    Attributes:
+        t: flow time of the evaluation.
+        value: what was made of the estimate there, shape (B, *S).
+        x: the state from which the step at t set out, shape (B, *S).
+    """
+
+    t: float
+    value: Tensor
+    x: Tensor
+
+
 @dataclass(frozen=True)
 class State:
     """What a fixed-grid solve carries from step to step.
@@ -100,14 +114,16 @@ class State:
     Attributes:
         x: the state, shape (B, *S).
         noise: the batch's noise, addressed by intervals; None for a solve that draws none.
+        past: evaluations that later steps will use, the latest first.
     """
 
     x: Tensor
     noise: Noise | None = None
+    past: tuple[Past, ...] = ()
 
-    def advance(self, x: Tensor) -> State:
+    def advance(self, x: Tensor, past: tuple[Past, ...] = ()) -> State:
         """The state after a step that ends in x."""
-        return State(x, self.noise)
+        return State(x, self.noise, past)
 
 
 Step = Generator[Query, Any, State]

@@ -28,7 +28,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from flowsolve.noise import STEP, interval
 from flowsolve.paths import Path, Point
 from flowsolve.solvers.base import EstimateSolver, Query, State, Step
 
@@ -58,7 +57,7 @@ class _FrozenEstimate(EstimateSolver):
         x = estimate.combine(there.alpha, there.sigma * math.sqrt(1.0 - share))
         if share > 0.0 and there.sigma > 0.0:
             assert state.noise is not None
-            x = x.add(state.noise.normal(STEP, interval(t), x), alpha=there.sigma * math.sqrt(share))
+            x = x.add(state.noise.step(t, t_next, x), alpha=there.sigma * math.sqrt(share))
         return state.advance(x)
 
 

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 
 from flowsolve.charts import Chart
 from flowsolve.flow import Flow
-from flowsolve.noise import STEP, interval
 from flowsolve.paths import Path
 from flowsolve.solvers.base import EstimateSolver, Query, State, Step
 from flowsolve.solvers.discrete import check_eta
@@ -65,5 +64,5 @@ class EulerMaruyama(EstimateSolver):
         x = estimate.combine(p.alpha + p.alpha_dot * dt, p.sigma + (p.sigma_dot - mixing * p.sigma) * dt)
         if mixing:
             assert state.noise is not None
-            x = x.add(state.noise.normal(STEP, interval(t), x), alpha=p.sigma * math.sqrt(2.0 * mixing * dt))
+            x = x.add(state.noise.step(t, t_next, x), alpha=p.sigma * math.sqrt(2.0 * mixing * dt))
         return state.advance(x)

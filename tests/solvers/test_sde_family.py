@@ -60,7 +60,7 @@ class Given:
     def __init__(self, xi: Tensor) -> None:
         self.xi = xi
 
-    def normal(self, stream: int, interval: int, like: Tensor) -> Tensor:
+    def step(self, t: float, t_next: float, like: Tensor) -> Tensor:
         return self.xi
 
 
