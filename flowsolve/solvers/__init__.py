@@ -23,19 +23,30 @@ from flowsolve.solvers.adaptive import Adaptive, Bosh3, Dopri5, Dopri8, Status, 
 from flowsolve.solvers.base import EstimateSolver, Query, Solver, State
 from flowsolve.solvers.controllers import PI, PID, Controller, I
 from flowsolve.solvers.discrete import DDIM, DDPM, ExactSDE
+from flowsolve.solvers.multistep import DEIS, ERSDE, IPNDM, LMS, DPMSolverPP, Multistep, SASolver, SDEDPMSolverPP, UniPC
 from flowsolve.solvers.runge_kutta import RK4, Euler, Heun, Midpoint, Ralston, RungeKutta
+from flowsolve.solvers.singlestep import RES, SEEDS, DPMSolver, DPMSolverPPS, SingleStep, StochasticHeun
 from flowsolve.solvers.stochastic import EulerMaruyama
 from flowsolve.solvers.tableaus import Tableau
 
 __all__ = [
     "DDIM",
     "DDPM",
+    "DEIS",
+    "ERSDE",
+    "IPNDM",
+    "LMS",
     "PI",
     "PID",
+    "RES",
     "RK4",
+    "SEEDS",
     "Adaptive",
     "Bosh3",
     "Controller",
+    "DPMSolver",
+    "DPMSolverPP",
+    "DPMSolverPPS",
     "Dopri5",
     "Dopri8",
     "EstimateSolver",
@@ -45,14 +56,20 @@ __all__ = [
     "Heun",
     "I",
     "Midpoint",
+    "Multistep",
     "Query",
     "Ralston",
     "RungeKutta",
+    "SASolver",
+    "SDEDPMSolverPP",
+    "SingleStep",
     "Solver",
     "State",
     "Status",
+    "StochasticHeun",
     "Tableau",
     "Tsit5",
+    "UniPC",
     "bridges",
     "largest",
     "rms",

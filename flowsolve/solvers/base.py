@@ -99,12 +99,10 @@ class Past(NamedTuple):
     Attributes:
         t: flow time of the evaluation.
         value: what was made of the estimate there, shape (B, *S).
-        x: the state from which the step at t set out, shape (B, *S).
     """
 
     t: float
     value: Tensor
-    x: Tensor
 
 
 @dataclass(frozen=True)
@@ -115,15 +113,17 @@ class State:
         x: the state, shape (B, *S).
         noise: the batch's noise, addressed by intervals; None for a solve that draws none.
         past: evaluations that later steps will use, the latest first.
+        origin: the state from which the last step set out, for solvers that will take it again.
     """
 
     x: Tensor
     noise: Noise | None = None
     past: tuple[Past, ...] = ()
+    origin: Tensor | None = None
 
-    def advance(self, x: Tensor, past: tuple[Past, ...] = ()) -> State:
-        """The state after a step that ends in x."""
-        return State(x, self.noise, past)
+    def advance(self, x: Tensor) -> State:
+        """The state after a step that ends in x and leaves nothing to remember."""
+        return State(x, self.noise)
 
 
 Step = Generator[Query, Any, State]
@@ -136,8 +136,14 @@ class Solver:
     evaluations: ClassVar[int] = 1
     """Network evaluations of a full step."""
 
-    def on(self, path: Path, chart: Chart | None) -> Stepper:
-        """The step function (state, t, t_next, evaluations) of this solver on a path."""
+    def on(self, path: Path, chart: Chart | None, grid: Sequence[tuple[float, float, int]] = ()) -> Stepper:
+        """The step function (state, t, t_next, evaluations) of this solver on a path.
+
+        Args:
+            path: the path.
+            chart: the chart to step in, if one was asked for.
+            grid: (t, t_next, evaluations) of all steps of the solve, where they are known.
+        """
         raise NotImplementedError
 
     def schedule(self, nfe: int) -> list[int]:
@@ -242,7 +248,7 @@ class ForeignSDE(Solver):
 class EstimateSolver(Solver):
     """A solver whose step receives an `Estimate`: one evaluation at the start of each interval."""
 
-    def on(self, path: Path, chart: Chart | None) -> Stepper:
+    def on(self, path: Path, chart: Chart | None, grid: Sequence[tuple[float, float, int]] = ()) -> Stepper:
         """The step function of this solver on a path; it takes no chart."""
         if chart is not None:
             raise TypeError(

@@ -196,7 +196,7 @@ class RungeKutta(SlopeSolver):
         (chart or CHARTS["straight"]).require(flow.path, t)
         super().require(flow, chart, t, asks=asks)
 
-    def on(self, path: Path, chart: Chart | None) -> Stepper:
+    def on(self, path: Path, chart: Chart | None, grid: Sequence[tuple[float, float, int]] = ()) -> Stepper:
         """The step function of this solver on a path, in a chart (by default the straight one)."""
         ruler = chart or CHARTS["straight"]
 
