@@ -43,15 +43,19 @@ steps: with $\rho = (\lambda_1 - \lambda_a)/h$,
 All are of order 2; with three nodes and more the published methods and the integral are one.
 
 **Ends.** At an end of the path λ may be infinite. A node there is left out of a polynomial in λ, and a step that ends
-at σ = 0 uses the latest node alone: then $x_b = w F$ is the denoised state, as for DDIM.
+at σ = 0 uses the latest node alone and no noise: it ends in the denoised state $\alpha_b\hat z$, as DDIM's does.
+
+**Long steps.** Where a step is more than 5 times as long in the variable as the one before (the last of a grid that is
+uniform in the time of a VP path, say), a polynomial through earlier nodes is extrapolated too far to be of use, and the
+latest node stands alone. On a sequence of refined grids this does not happen.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,6 +76,7 @@ Vector = NDArray[np.float64]
 
 RULES = ("exact", "bh2", "bh1")
 VARIABLES = ("log_snr", "clock", "time")
+STRETCH = 5.0
 REACH = 60.0  # beyond this distance in λ the kernel is below the rounding of float64
 POINTS, PANEL = 16, 2.0  # Gauss–Legendre points to a panel, and its width in units of the kernel's scale
 
@@ -153,11 +158,11 @@ def update(
         rule: the weight of the second of two nodes in λ.
     """
     here, there = path.at(a), path.at(b)
-    mixing = eta * eta
+    mixing = eta * eta if there.sigma else 0.0  # what ends at the data holds no noise
     c_a, c_b = form.scale(here), form.scale(there)
     shrink = float(c_b * here.alpha / (there.alpha * c_a)) if there.alpha else math.inf  # r_b / r_a
     whole = _total(form, here, there, shrink, mixing)
-    kept = _kept(path, nodes, there, variable)
+    kept = _kept(path, form, nodes, a, b, variable)
     share = [1.0] if len(kept) == 1 else _means(path, form, a, b, kept, mixing, variable, rule, whole, there, c_b)
     weights = dict(zip(kept, share, strict=True))
     decay = 1.0 if mixing == 0.0 or form.q == 0.0 else shrink**mixing
@@ -168,14 +173,23 @@ def update(
     )
 
 
-def _kept(path: Path, nodes: Sequence[float], there: Point, variable: str) -> list[float]:
+def _kept(path: Path, form: Form, nodes: Sequence[float], a: float, b: float, variable: str) -> list[float]:
     """The nodes that the polynomial goes through."""
-    if variable == "clock":
-        return list(nodes)
-    if there.sigma == 0.0 or there.alpha == 0.0:
-        return [nodes[0]]
-    points = [path.at(t) for t in nodes]
-    return [t for t, p in zip(nodes, points, strict=True) if p.alpha and p.sigma] or [nodes[0]]
+    here, there, kept = path.at(a), path.at(b), list(nodes)
+    ruler: Callable[[Point], float] = partial(_clock, form)
+    if variable != "clock":
+        if there.sigma == 0.0 or there.alpha == 0.0:
+            return kept[:1]
+        kept = [t for t in kept if (p := path.at(t)).alpha and p.sigma] or kept[:1]
+        ruler = _log_snr
+    if kept[0] == a and len(kept) > 1:  # what follows reaches beyond its nodes
+        step, before = ruler(there) - ruler(here), ruler(here) - ruler(path.at(kept[1]))
+        kept = kept[:1] if abs(step) > STRETCH * abs(before) else kept
+    return kept
+
+
+def _log_snr(point: Point) -> float:
+    return float(point.log_snr)
 
 
 def _total(form: Form, here: Point, there: Point, shrink: float, mixing: float) -> float:

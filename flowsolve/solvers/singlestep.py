@@ -160,9 +160,11 @@ class SingleStep(EstimateSolver):
         return callable(self.eta) or self.eta > 0.0
 
     def schedule(self, nfe: int) -> list[int]:
-        """A shorter step first for what does not fill whole ones."""
-        rest = nfe % self.evaluations
-        return [rest] * (rest > 0) + [self.evaluations] * (nfe // self.evaluations)
+        """Shorter steps first for what does not fill whole ones, of one order less where that can be."""
+        full, rest = divmod(nfe, self.evaluations)
+        if rest == 1 and self.evaluations == 3 and full:
+            return [2, 2] + [3] * (full - 1)
+        return [rest] * (rest > 0) + [self.evaluations] * full
 
     def asks_at_end(self, evaluations: int) -> bool:
         """Whether a stage sits at the end of the step."""
