@@ -19,7 +19,8 @@ of the interval between them. A single step then is of weak order 1 in general; 
 the step itself, sees all of the noise half of the time and is of weak order 2 (the noise is additive), and of strong
 order 1.
 
-Where the end of a step has no log-SNR (λ infinite) stages are placed by the straight clock α/(α+σ) instead.
+Where an end of a step has no log-SNR (λ infinite) stages are placed by the straight clock α/(α+σ) instead, and none at
+the end itself.
 """
 
 from __future__ import annotations
@@ -111,12 +112,12 @@ def substeps(
 
 def _between(path: Path, t: float, t_next: float, c: float) -> float:
     """The flow time at the fraction c of a step in log-SNR, or in the straight clock where that is infinite."""
-    if c == 1.0:
-        return t_next
     here, there = path.at(t), path.at(t_next)
+    if c == 1.0 and there.alpha and there.sigma:
+        return t_next
     if here.alpha and here.sigma and there.alpha and there.sigma:
         return path.time(float((1.0 - c) * here.log_snr + c * there.log_snr))
-    clock = CHARTS["straight"]
+    clock, c = CHARTS["straight"], min(c, 0.5)
     return float(clock.time(path, (1.0 - c) * clock.clock(path, t) + c * clock.clock(path, t_next)))
 
 
@@ -165,10 +166,6 @@ class SingleStep(EstimateSolver):
         if rest == 1 and self.evaluations == 3 and full:
             return [2, 2] + [3] * (full - 1)
         return [rest] * (rest > 0) + [self.evaluations] * full
-
-    def asks_at_end(self, evaluations: int) -> bool:
-        """Whether a stage sits at the end of the step."""
-        return any(c == 1.0 for c, _ in self._scheme(evaluations).stages)
 
     def require(self, flow: Flow, chart: Chart | None, t: float, *, asks: bool) -> None:
         """The form's scale must not vanish where a step sets out."""
