@@ -4,9 +4,11 @@ from flowsolve import adapters, batching, charts, grids, kernels, paths, predict
 from flowsolve._version import __version__
 from flowsolve.flow import Flow
 from flowsolve.integrate import encode, sample
+from flowsolve.inversion import RoundTrip, round_trip
 from flowsolve.likelihood import bits_per_dim, log_prob
 from flowsolve.ode import solve
 from flowsolve.predictions import Estimate, Prediction, Row
+from flowsolve.snapshot import Snapshot
 from flowsolve.solution import Solution, SolverError
 from flowsolve.solvers import Status
 
@@ -14,7 +16,9 @@ __all__ = [
     "Estimate",
     "Flow",
     "Prediction",
+    "RoundTrip",
     "Row",
+    "Snapshot",
     "Solution",
     "SolverError",
     "Status",
@@ -30,6 +34,7 @@ __all__ = [
     "paths",
     "predictions",
     "problems",
+    "round_trip",
     "sample",
     "solve",
     "solvers",

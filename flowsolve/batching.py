@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from flowsolve._arguments import check_flow, check_interval, device_of, shape_of, state
+from flowsolve.brownian import named
 from flowsolve.charts import Chart
 from flowsolve.flow import Flow
+from flowsolve.grids import Final
 from flowsolve.likelihood.log_prob import LogProb, Reading
-from flowsolve.noise import START, Noise
+from flowsolve.noise import START, Seed
 from flowsolve.passage import Passage
 from flowsolve.solution import Solution
 from flowsolve.solvers.base import Solver
@@ -39,7 +41,9 @@ def sample(
     grid: Any = None,
     chart: str | Chart | None = None,
     interval_end: float = 1.0,
-    seed: int = 0,
+    final: str | Final = "path",
+    seed: Seed = 0,
+    noise: str = "fresh",
     cond: Mapping[str, Any] | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
@@ -60,14 +64,18 @@ def sample(
     check_flow(flow, cond)
     total, *event = shape_of(shape)
     check_interval((0.0, interval_end))
-    passage = Passage(flow, (0.0, interval_end), solver=solver, nfe=nfe, grid=grid, chart=chart, seed=seed, shared=cond)
+    whole = named(noise).for_batch(seed, total)
+    passage = Passage(
+        flow, (0.0, interval_end), solver=solver, nfe=nfe, grid=grid, chart=chart, final=final, seed=whole.seed,
+        noise=type(whole), shared=cond,
+    )  # fmt: skip
     place = device or device_of(flow.net)
 
     def chunks() -> Iterator[Chunk]:
         for first in range(0, total, batch):
-            samples = torch.arange(first, min(total, first + batch))
-            blank = state(torch.empty((len(samples), *event), device=place, dtype=dtype))
-            yield Chunk(Noise(seed, samples).normal(START, 0, blank) * flow.path.prior_std, {}, samples)
+            part = whole.select(torch.arange(first, min(total, first + batch)))
+            blank = state(torch.empty((len(part.samples), *event), device=place, dtype=dtype))
+            yield Chunk(part.normal(START, 0, blank) * flow.path.prior_std, {}, part.samples)
 
     return _quiet(stream(passage, chunks(), batch, progress=progress, total=total))
 

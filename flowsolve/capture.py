@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from flowsolve import kernels
 from flowsolve.drivers import checks, settle
 from flowsolve.flow import Flow
+from flowsolve.grids import Closing
 from flowsolve.kernels import largest
 from flowsolve.noise import Noise
 from flowsolve.solution import Solution
@@ -50,8 +51,9 @@ class Static(Protocol):
     flow: Flow
     start: float
     last: float
-    end: float | None
+    closing: Closing | None
     seed: int
+    noise: type[Noise]
     estimate: Any
 
     @property
@@ -83,14 +85,14 @@ def body(plan: Static, cond: Any) -> Body:
         given = iter(tensors)
         filled = [next(given) if isinstance(v, Tensor) else v for v in leaves]
         context = {"cond": tree_unflatten(filled, spec)}
-        state, magnitudes = State(x, noise=Noise(seed, samples)), []  # type: ignore[arg-type]
+        state, magnitudes = State(x, noise=plan.noise(seed, samples)), []  # type: ignore[arg-type]
         for i, interval in enumerate(plan.grid):
             state = run(step(state, *interval), lambda query: plan.estimate(query, context))
             if i in nodes:
                 magnitudes.append(largest(state.x))
-        if plan.end is not None:
-            there = plan.flow.path.at(plan.end)
-            closed = plan.estimate(Query(state.x, plan.last), context).combine(there.alpha, there.sigma)
+        if plan.closing is not None:
+            _, data, noise = plan.closing
+            closed = plan.estimate(Query(state.x, plan.last), context).combine(data, noise)
             state = state.advance(closed)
             magnitudes.append(largest(closed))
         return [state.x, torch.stack(magnitudes)]
@@ -165,6 +167,6 @@ def captured(
     kept.move_to_end(key)
     final, magnitudes = kept[key](inputs)
     checked = [plan.grid[i][1] for i in sorted(checks(len(plan.grid)))]
-    checked += [] if plan.end is None else [plan.end]
-    calls = sum(n for _, _, n in plan.grid) + (plan.end is not None)
+    checked += [] if plan.closing is None else [plan.closing.t]
+    calls = sum(n for _, _, n in plan.grid) + (plan.closing is not None)
     return settle(final, magnitudes, checked, plan.start, calls, len(plan.grid))

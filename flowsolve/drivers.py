@@ -42,8 +42,8 @@ __all__ = ["Arrivals", "Ask", "Finished", "checks", "collect", "march", "pursue"
 CHECKS = 16
 Count = NDArray[np.int64]
 Watch = Mapping[int, Sequence[float]]
-Visit = Callable[[int, Tensor, Stride | None], Generator[Query, Any, None]]
-"""What to do after a step: its number, the state after it, and the step itself where its interpolant is at hand."""
+Visit = Callable[[int, Any, Stride | None], Generator[Query, Any, None]]
+"""What to do after a step: its number, what is carried on, and the step itself where its interpolant is at hand."""
 Travel = Callable[[Any, int, int, Container[int], Visit], Generator[Query, Any, Any]]
 """From what is carried at one node to what is at another, (state, first, last, visited, visit), visiting on the way."""
 Look = tuple[Count, Count, Tensor]
@@ -72,7 +72,7 @@ def stepped(step: Stepper, intervals: Sequence[tuple[float, float, int]]) -> Tra
         for i in range(first, last):
             state = yield from step(state, *intervals[i])
             if i in visited:
-                yield from visit(i, state.x, None)
+                yield from visit(i, state, None)
         return state
 
     return travel
@@ -88,6 +88,7 @@ def march(
     start: float,
     watch: Watch | None = None,
     segments: bool = False,
+    observer: Callable[[int, Any], None] | None = None,
     progress: bool = False,
 ) -> tuple[list[Tensor], Solution]:
     """Travel from start through the intervals (t, t_next, evaluations) of a fixed grid.
@@ -97,6 +98,7 @@ def march(
         state: what is carried at the start: a `State` with `stepped`, the state itself with a `sweep`.
         watch: for some intervals by number, the times within (t, t_next] to look at; with a `sweep`.
         segments: throw away and remake the graph of √n steps at a time.
+        observer: is shown the number of each step and what is carried on after it.
 
     Returns:
         The states at the times watched, in order, and the solution at the last node.
@@ -104,15 +106,16 @@ def march(
     steps, nodes, watch = len(intervals), checks(len(intervals)), watch or {}
     calls, seen, magnitudes, checked = 0, [], [], []
     counting = True
-    visited: Container[int] = range(steps) if progress else nodes | watch.keys()
+    visited: Container[int] = range(steps) if progress or observer else nodes | watch.keys()
 
     def through(state: State | Tensor, first: int, last: int) -> tuple[Any, ...]:
         """From what is carried at one node to what is at another, with what was looked at on the way."""
         nonlocal calls
         looks: list[Tensor] = []
 
-        def visit(i: int, x: Tensor, stride: Stride | None) -> Generator[Query, Any, None]:
+        def visit(i: int, carried: Any, stride: Stride | None) -> Generator[Query, Any, None]:
             t, t_next, _ = intervals[i]
+            x = carried.x if isinstance(carried, State) else carried
             for stop in watch.get(i, ()):
                 if stop == t_next or stride is None:
                     looks.append(x)
@@ -121,6 +124,8 @@ def march(
             if counting and i in nodes:
                 magnitudes.append(largest(x.detach()))
                 checked.append(t_next)
+            if counting and observer is not None:
+                observer(i, carried)
             if counting and progress:
                 bar(1)
 

@@ -14,10 +14,14 @@ import torch
 from torch import Tensor
 
 from flowsolve._arguments import check_flow, check_interval, device_of, shape_of, state
+from flowsolve.brownian import named
 from flowsolve.charts import Chart
 from flowsolve.flow import Flow
-from flowsolve.noise import START, Noise
+from flowsolve.grids import Final
+from flowsolve.noise import START, Noise, Seed
 from flowsolve.passage import Passage
+from flowsolve.planning import estimates, span
+from flowsolve.snapshot import Callback, Snapshot
 from flowsolve.solution import Solution
 from flowsolve.solvers.base import Solver
 from flowsolve.streaming import Chunk, Job, stream
@@ -34,8 +38,10 @@ def sample(
     grid: Any = None,
     chart: str | Chart | None = None,
     start: Tensor | None = None,
-    interval: tuple[float, float] = (0.0, 1.0),
-    seed: int = 0,
+    interval: tuple[float, float] | None = None,
+    final: str | Final = "path",
+    seed: Seed = 0,
+    noise: str = "fresh",
     samples: Sequence[int] | Tensor | None = None,
     cond: Mapping[str, Any] | None = None,
     device: torch.device | str | None = None,
@@ -46,6 +52,8 @@ def sample(
     grad: bool | None = None,
     gradient: str = "direct",
     capture: bool = False,
+    callback: Callback | None = None,
+    resume: Snapshot | None = None,
 ) -> Solution:
     """Sample a flow: carry noise at interval[0] to the state at interval[1].
 
@@ -54,12 +62,20 @@ def sample(
         shape: shape (B, *S) of the noise to start from; or give `start`.
         solver: a solver of `flowsolve.solvers`.
         nfe: evaluations to spend, exactly, on a fixed grid; the most a sample may spend with an adaptive solver.
-        grid: for fixed-grid solvers: "uniform" (the default), "log_snr", "karras", a spacing, or explicit flow times.
+        grid: for fixed-grid solvers: "uniform" (the default), "log_snr", "karras", or another spacing of
+            `flowsolve.grids`, by name or itself; or explicit flow times, or values in another coordinate, `grids.At`.
         chart: for Runge–Kutta solvers: "straight" (the default), "data", "noise", "trig" or "native".
         start: the state at interval[0], as the path scales it, instead of fresh noise.
-        interval: flow times (from, to).
-        seed: key of all noise, initial and in the steps.
-        samples: the global numbers of the samples, by default 0 … B−1: sample n is the same in any batch.
+        interval: flow times (from, to); by default (0, 1), or what `grids.At` or `grids.Timesteps` says.
+        final: what becomes of the last stretch: "path" (to the end of the interval), "sigma_min" (stop at
+            σ/α = 0.002), "denoise" (and return ẑ there) or "tweedie" (α ẑ); or a `grids.Final`. Its evaluation
+            is one of nfe.
+        seed: key of all noise, initial and in the steps; or a list of them, one a sample: a sample is the same
+            wherever its seed is.
+        noise: what the steps draw: "fresh" noise for each interval, or the increments of a "brownian" path, which is
+            the same for any number of steps (`flowsolve.brownian`).
+        samples: the global numbers of the samples, by default 0 … B−1: sample n is the same in any batch. With a list
+            of seeds, by default all 0.
         cond: passed to the network; tensors whose first dimension is B are taken per sample.
         device: where to start from noise; by default where the network is.
         dtype: dtype of the state to start from, by default float32; half precisions are raised to it.
@@ -71,6 +87,8 @@ def sample(
         gradient: how: "direct", "checkpoint" (memory of O(√steps)) or "adjoint"; see `flowsolve.gradients`.
         capture: on CUDA and a fixed grid: record the solve as a CUDA graph the first time, replay it from then on
             (`flowsolve.capture`).
+        callback: on a fixed grid: is shown a `flowsolve.Snapshot` after every step.
+        resume: a snapshot of a solve by the same solver and grid, to go on from instead of a start.
 
     Returns:
         A `Solution`; its x has the state's dtype, float32 at least.
@@ -89,31 +107,42 @@ def sample(
         >>> torch.allclose(again.x[0], sol.x[2])  # a sample is the same in any batch
         True
     """
-    if (shape is None) == (start is None):
-        raise ValueError("give either shape=(B, *S), to start from noise, or start=x, to start from a state")
+    if sum(v is not None for v in (shape, start, resume)) != 1:
+        raise ValueError(
+            "give one of shape=(B, *S), to start from noise, start=x, to start from a state, and resume=, to go on "
+            "from a snapshot"
+        )
     check_flow(flow, cond)
+    kind = named(noise)
+    whose = "the interval"
+    if interval is None:
+        steps = (estimates(nfe, flow) or 0) - Final.resolve(final).evaluations
+        interval, whose = span(grid, flow.path, max(steps, 0)), f"the interval of grid={grid!r}"
     check_interval(interval)
-    if start is None:
+    if resume is not None:
+        start, drawn = resume.x, kind(resume.seed, resume.samples)
+    elif start is None:
         if interval[0] != 0.0:
             raise ValueError(
-                f"the interval starts at t = {interval[0]:g}, where the state holds signal as well as noise; give "
+                f"{whose} starts at t = {interval[0]:g}, where the state holds signal as well as noise; give "
                 f"start= a state at that time, for example path.interpolate(data, noise, {interval[0]:g})"
             )
         dtype = torch.float32 if dtype is None else dtype
         if not dtype.is_floating_point:
             raise TypeError(f"dtype = {dtype}; expected a floating-point dtype")
         blank = state(torch.empty(shape_of(shape), device=device or device_of(flow.net), dtype=dtype))
-        noise = Noise.for_batch(seed, blank.shape[0], samples)
-        start = noise.normal(START, 0, blank) * flow.path.prior_std
+        drawn = kind.for_batch(seed, blank.shape[0], samples)
+        start = drawn.normal(START, 0, blank) * flow.path.prior_std
     else:
         if device is not None or dtype is not None:
             raise TypeError(
                 "device= and dtype= place fresh noise; a start given has its own (move it with start.to(…))"
             )
-        noise = Noise.for_batch(seed, state(start).shape[0], samples)
+        drawn = kind.for_batch(seed, state(start).shape[0], samples)
     return integrate(
-        flow, start, interval, solver=solver, nfe=nfe, grid=grid, chart=chart, noise=noise, cond=cond,
-        batch=batch, progress=progress, throw=throw, grad=grad, gradient=gradient, capture=capture,
+        flow, start, interval, solver=solver, nfe=nfe, grid=grid, chart=chart, final=final, noise=drawn, cond=cond,
+        batch=batch, progress=progress, throw=throw, grad=grad, gradient=gradient, capture=capture, callback=callback,
+        resume=resume,
     )  # fmt: skip
 
 
@@ -168,6 +197,7 @@ def integrate(
     nfe: int | None = None,
     grid: Any = None,
     chart: str | Chart | None = None,
+    final: str | Final = "path",
     noise: Noise | None = None,
     cond: Mapping[str, Any] | None = None,
     batch: int | None = None,
@@ -176,6 +206,8 @@ def integrate(
     grad: bool | None = None,
     gradient: str = "direct",
     capture: bool = False,
+    callback: Callback | None = None,
+    resume: Snapshot | None = None,
 ) -> Solution:
     """Solve a flow over an interval of flow time in either direction; `sample` and `encode` without their defaults."""
     x = state(x)
@@ -188,9 +220,15 @@ def integrate(
         grid=grid,
         chart=chart,
         seed=noise.seed,
+        noise=type(noise),
         gradient=gradient,
         capture=capture,
+        final=final,
+        callback=callback,
+        resume=resume,
     )
+    if batch is not None and (callback or resume):
+        raise ValueError("callback= and resume= are of one batch; drop batch=, or sample batch by batch with samples=")
     chunk = Chunk(x, dict(cond or {}), noise.samples)
     with recording(x, grad):
         solution: Solution = passed(passage, chunk, batch, progress)

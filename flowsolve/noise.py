@@ -7,28 +7,38 @@ Box and Muller's transform,
 
 $$ \sqrt{-2\ln u_1}\,(\cos 2\pi u_2,\ \sin 2\pi u_2), \qquad u = (w + \tfrac12)\,2^{-32}. $$
 
-Streams keep the uses of one sample apart: its start, its steps, its trace probes, its dequantisation. The interval of
-a step is addressed by the time at which it starts, so a solve in pieces draws what the whole draws. All arithmetic
-on words is integer and exact, so every device sees the same bits; the transform is computed in float64 (float32 where
-a device has no more) and then cast.
+Streams keep the uses of one sample apart: its start, its steps, its trace probes, its dequantisation, its Brownian
+path (`flowsolve.brownian`). The interval of a step is addressed by the time at which it starts, so a solve in pieces
+draws what the whole draws. Words are exact integers, and the transform is written in correctly rounded operations only,
+in the dtype asked for (float32 for half precisions): a normal has the same bits on every device, whether a fused kernel
+computed it or plain torch (`flowsolve.kernels.philox`).
+
+A seed names the noise of a whole batch, in which samples are told apart by their numbers. Or each sample has a seed of
+its own: then a sample is its seed, with number 0 unless another is given.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["DEQUANTIZE", "PROBE", "START", "STEP", "Noise", "interval", "philox"]
+from flowsolve import kernels
+from flowsolve.kernels.philox import MASK, gaussian, philox, words
 
-START, STEP, PROBE, DEQUANTIZE = range(4)
+__all__ = ["BROWNIAN", "DEQUANTIZE", "PROBE", "START", "STEP", "Noise", "Seed", "interval", "philox"]
 
-MASK = 0xFFFFFFFF
-MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-WEYL = (0x9E3779B9, 0xBB67AE85)
+START, STEP, PROBE, DEQUANTIZE, BROWNIAN = range(5)
+AT_ONCE = 1 << 20  # words that the twin computes of several intervals at a time
+
+Seed = int | Sequence[int] | Tensor
+"""One seed for the batch, or one for each sample."""
 
 
 def interval(t: float) -> int:
@@ -39,31 +49,6 @@ def interval(t: float) -> int:
     return round(t * 2.0**53)
 
 
-def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
-    """Philox4x32-10: four words from a counter of four words, as int64 tensors with values in [0, 2³²).
-
-    Args:
-        counter: four int64 tensors of broadcastable shapes.
-        key: two words.
-
-    Returns:
-        Four int64 tensors of the broadcast shape.
-    """
-    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
-    k0, k1 = key
-    for _ in range(10):
-        # int64 products wrap modulo 2⁶⁴, which keeps the bits; the mask undoes the sign of the shift.
-        p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            (p1 >> 32).bitwise_and_(MASK).bitwise_xor_(c1).bitwise_xor_(k0),
-            p1.bitwise_and_(MASK),
-            (p0 >> 32).bitwise_and_(MASK).bitwise_xor_(c3).bitwise_xor_(k1),
-            p0.bitwise_and_(MASK),
-        )
-        k0, k1 = (k0 + WEYL[0]) & MASK, (k1 + WEYL[1]) & MASK
-    return [c0, c1, c2, c3]
-
-
 @dataclass(frozen=True)
 class Noise:
     """The noise of a batch of samples.
@@ -71,26 +56,38 @@ class Noise:
     Attributes:
         seed: any integer; its lowest 64 bits are the key.
         samples: the global number of each sample of the batch, int64 of shape (B,): what makes sample 7 the same
-            sample in any batch.
+            sample in any batch. Where samples have seeds of their own, int64 of shape (B, 3): number, low and high
+            word of the key; `seed` is nothing then.
     """
 
     seed: int
     samples: Tensor
+    _kept: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
-    def of(cls, seed: int, samples: int | Sequence[int] | Tensor) -> Noise:
-        """Noise for the samples numbered 0 … n−1, or for those listed."""
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"seed = {seed!r}; expected an int")
-        numbers = torch.as_tensor(range(samples) if isinstance(samples, int) and samples >= 0 else samples).cpu()
+    def of(cls, seed: Seed, samples: int | Sequence[int] | Tensor) -> Noise:
+        """Noise for the samples numbered 0 … n−1, or for those listed.
+
+        With a list of seeds, one a sample, a count n says how many there are, and all have the number 0.
+        """
+        own = _seeds(seed)
+        counted = isinstance(samples, int) and samples >= 0
+        numbers = torch.arange(samples) if counted else torch.as_tensor(samples).cpu()  # type: ignore[arg-type]
         whole = not (numbers.is_floating_point() or numbers.is_complex()) or not numbers.numel()
         if not whole or numbers.ndim != 1 or bool(((numbers < 0) | (numbers > MASK)).any()):
             raise ValueError(f"samples = {samples!r}; expected a count, or a flat list of integers in [0, 2**32)")
-        return cls(seed, numbers.to(torch.int64))
+        numbers = numbers.to(torch.int64)
+        if own is None:
+            return cls(seed, numbers)  # type: ignore[arg-type]
+        if len(own) != len(numbers):
+            raise ValueError(f"{len(own)} seeds for {len(numbers)} samples; expected one a sample, or a single int")
+        key = [[s & MASK, (s >> 32) & MASK] for s in own]
+        pairs = torch.tensor(key, dtype=torch.int64).reshape(-1, 2)
+        return cls(0, torch.cat(((numbers.new_zeros(len(own)) if counted else numbers).unsqueeze(1), pairs), 1))
 
     @classmethod
-    def for_batch(cls, seed: int, count: int, samples: Sequence[int] | Tensor | None = None) -> Noise:
-        """Noise for a batch of `count` samples, numbered as listed or 0 … count−1."""
+    def for_batch(cls, seed: Seed, count: int, samples: Sequence[int] | Tensor | None = None) -> Noise:
+        """Noise for a batch of `count` samples, numbered as listed or 0 … count−1; see `of`."""
         noise = cls.of(seed, count if samples is None else samples)
         if noise.samples.shape[0] != count:
             raise ValueError(f"samples lists {noise.samples.shape[0]} numbers for a batch of {count}")
@@ -98,19 +95,11 @@ class Noise:
 
     def select(self, index: Tensor) -> Noise:
         """The noise of some samples of the batch, by position."""
-        return Noise(self.seed, self.samples[index.to(self.samples.device)])
+        return type(self)(self.seed, self.samples[index.to(self.samples.device)])
 
     def words(self, stream: int, interval: int, count: int, device: torch.device) -> Tensor:
         """(B, 4·⌈count/4⌉) random 32-bit words as int64."""
-        blocks = -(-count // 4)
-        samples = self.samples.to(device, non_blocking=self.samples.is_cpu).unsqueeze(1)
-        counter = (
-            torch.arange(blocks, device=device).unsqueeze(0),
-            torch.full_like(samples, interval & MASK),
-            samples,
-            torch.full_like(samples, stream | (interval >> 32) << 8),
-        )
-        return torch.stack(philox(counter, (self.seed & MASK, (self.seed >> 32) & MASK)), dim=-1).flatten(1)
+        return self._words(stream, [interval], count, device)[0]
 
     def uniform(self, stream: int, interval: int, like: Tensor) -> Tensor:
         """Uniform numbers in (0, 1) of the shape (B, *S), dtype and device of `like`."""
@@ -122,12 +111,28 @@ class Noise:
 
     def normal(self, stream: int, interval: int, like: Tensor) -> Tensor:
         """Standard normals of the shape (B, *S), dtype and device of `like`."""
+        fused = kernels.normals(self._table(like.device), stream, interval, 1.0, like)
+        if fused is not None:
+            return fused
         count = math.prod(like.shape[1:])
-        w = self.words(stream, interval, count, like.device)
-        u = ((w.to(_wide(like)) + 0.5) * 2.0**-32).unflatten(1, (-1, 2))
-        radius, angle = u[..., 0].clamp_max(1.0).log().mul(-2.0).sqrt(), u[..., 1] * (2.0 * math.pi)
-        pairs = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1)
-        return pairs.flatten(1)[:, :count].reshape(like.shape).to(like.dtype)
+        x = gaussian(self.words(stream, interval, count, like.device), _work(like))
+        return x[:, :count].reshape(like.shape).to(like.dtype)
+
+    def combination(
+        self, stream: int, intervals: NDArray[np.int64], weights: NDArray[np.float64], like: Tensor
+    ) -> Tensor:
+        """Σ_i w_i ξ_i of the normals ξ_i of one or more intervals, in the shape (B, *S), dtype and device of `like`."""
+        fused = kernels.normals(self._table(like.device), stream, intervals, weights, like)
+        if fused is not None:
+            return fused
+        count, work = math.prod(like.shape[1:]), _work(like)
+        each, total = max(1, AT_ONCE // max(1, like.numel())), torch.zeros((), dtype=work, device=like.device)
+        for first in range(0, len(intervals), each):
+            some = slice(first, first + each)
+            x = gaussian(self._words(stream, intervals[some].tolist(), count, like.device), work)
+            for normals, weight in zip(x, weights[some].tolist(), strict=True):
+                total = normals.mul_(weight).add_(total)
+        return total[:, :count].reshape(like.shape).to(like.dtype)
 
     def step(self, t: float, t_next: float, like: Tensor) -> Tensor:
         """Standard normals for a step from flow time t to t_next, of the shape, dtype and device of `like`."""
@@ -138,6 +143,46 @@ class Noise:
         count = math.prod(like.shape[1:])
         w = self.words(stream, interval, count, like.device)[:, :count]
         return ((w >> 31) * 2 - 1).reshape(like.shape).to(like.dtype)
+
+    def _words(self, stream: int, intervals: Sequence[int], count: int, device: torch.device) -> Tensor:
+        """(T, B, 4·⌈count/4⌉) words of several intervals."""
+        number, low, high = self._table(device).unsqueeze(1).unbind(-1)
+        key: tuple[Any, Any] = low, high
+        if self.samples.ndim == 1 and isinstance(self.seed, int):
+            key = _key(self.seed)  # integers: fewer operations
+        return words(number, key, stream, intervals, -(-count // 4))
+
+    def _table(self, device: torch.device) -> Tensor:
+        """Number and key of each sample, (B, 3) on a device; sent there once."""
+        table = self._kept.get(device)
+        if table is None:
+            table = self.samples
+            if table.ndim == 1:
+                key = [torch.full_like(table, k) if isinstance(k, int) else k.expand_as(table) for k in _key(self.seed)]
+                table = torch.stack([table, *key], 1)
+            table = self._kept[device] = table.to(device, non_blocking=table.is_cpu)
+        return table
+
+
+def _key(seed: Any) -> tuple[Any, Any]:
+    """The two words of a key, from an integer or a tensor of them."""
+    return seed & MASK, (seed >> 32) & MASK
+
+
+def _seeds(seed: Any) -> list[int] | None:
+    """The seeds of a list of them; None for an integer."""
+    if isinstance(seed, int) and not isinstance(seed, bool):
+        return None
+    if isinstance(seed, Tensor | np.ndarray) and seed.ndim == 1:
+        seed = seed.tolist()
+    if not isinstance(seed, list | tuple | range) or any(isinstance(s, bool) or not isinstance(s, int) for s in seed):
+        raise TypeError(f"seed = {seed!r}; expected an int, or a list of them, one a sample")
+    return list(seed)
+
+
+def _work(like: Tensor) -> torch.dtype:
+    """The dtype normals are computed in."""
+    return torch.promote_types(like.dtype, torch.float32)
 
 
 def _wide(like: Tensor) -> torch.dtype:

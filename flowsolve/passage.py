@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from hashlib import blake2b
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flowsolve import charts
+from flowsolve import charts, grids
 from flowsolve._arguments import check_gradient, check_grid, check_solver, state
 from flowsolve._batch import Context, choose, rows
 from flowsolve.capture import captured, require_cuda
 from flowsolve.charts import Chart
 from flowsolve.drivers import Ask, march, stepped
 from flowsolve.flow import Flow
+from flowsolve.grids import Closing, Final
 from flowsolve.noise import Noise
 from flowsolve.ode import trajectory
-from flowsolve.planning import estimates, plan, within
+from flowsolve.paths import Path
+from flowsolve.planning import estimates, given, plan, within
+from flowsolve.snapshot import Callback, Snapshot
 from flowsolve.solution import Solution
 from flowsolve.solvers.adaptive import Status
 from flowsolve.solvers.base import ForeignSDE, Query, SlopeSolver, Solver, State, Stepper, inverse, scaled, slope_in
@@ -38,6 +42,12 @@ def estimator(flow: Flow) -> Ask:
     return answer
 
 
+def to_the_end(path: Path, end: float) -> Closing:
+    """The step x' = α' ẑ + σ' ε̂ to flow time `end`."""
+    point = path.at(end)
+    return Closing(end, point.alpha, point.sigma)
+
+
 class Passage:
     """A solve of a flow over an interval, in either direction; a `flowsolve.streaming.Job`.
 
@@ -45,7 +55,8 @@ class Passage:
     fixed grid in steps of flow time, because solvers of estimates know no chart.
 
     Where the path ends beyond the times its network knows, the solve ends at the edge of them, and one more estimate
-    there closes the gap.
+    there closes the gap. The final policies end it earlier, and some of them with one more estimate too: all of it is
+    `last`, where the solver stops, and `closing`, what is then made of the estimate there.
 
     Args: those of `flowsolve.sample`.
     """
@@ -60,40 +71,66 @@ class Passage:
         grid: Any = None,
         chart: str | Chart | None = None,
         seed: int = 0,
+        noise: type[Noise] = Noise,
         gradient: str = "direct",
         capture: bool = False,
+        final: str | Final = "path",
         shared: Mapping[str, Any] | None = None,
+        callback: Callback | None = None,
+        resume: Snapshot | None = None,
     ) -> None:
         check_solver(solver)
         check_gradient(gradient, solver)
-        self.flow, self.solver, self.seed, self.gradient = flow, solver, seed, gradient
+        self.flow, self.solver, self.seed, self.noise, self.gradient = flow, solver, seed, noise, gradient
         self.shared, self.capture = dict(shared or {}), capture
         self.chart = None if chart is None else charts.resolve(chart)
         self.estimate: Any = estimator(flow)
         path, (start, end) = flow.path, interval
         budget = estimates(nfe, flow)
+        if grid is not None and not solver.chooses_steps:
+            grid = grids.resolve(grid)
+        policy = Final.resolve(final)
+        last, closing = policy.stop(path, interval, given(grid, path)), policy.closing(path, end)
         self.grid: Sequence[tuple[float, float, int]] = ()
         if solver.chooses_steps:
             check_grid(grid, solver)
-            closing = start <= path.window[1] < end
-            last = path.window[1] if closing else end
+            if start <= path.window[1] < last:
+                last, closing = path.window[1], to_the_end(path, last)
             for t in (start, last):
                 within(path, t)
                 if not isinstance(solver, ForeignSDE):
                     flow.require(t, "the interval")
             if isinstance(solver, ForeignSDE):
                 solver.check(flow, self.chart, start, last)
-            self.budget = None if budget is None else budget - closing
+            if budget == 1 and closing is not None:
+                raise ValueError("nfe = 1; expected at least 2: one of them for the final step")
+            self.budget = None if budget is None else budget - (closing is not None)
         else:
-            steps = plan(solver, flow, interval, grid, budget, self.chart)
-            closing, last = steps.closing, steps.times[-2] if steps.closing else end
-            self.grid, self.budget = tuple(steps.intervals[:-1] if closing else steps.intervals), None
-        self.start, self.last, self.end = start, last, end if closing else None
+            spare = int(closing is not None)
+            steps = plan(solver, flow, (start, last), grid, budget, self.chart, spare)
+            self.grid, self.budget = tuple(steps.intervals), None
+            if steps.closing:
+                self.grid, last, closing = self.grid[:-1], steps.times[-2], to_the_end(path, last)
+            elif closing is not None:
+                within(path, last)
+                flow.require(last, "the final step")
+        self.start, self.last, self.closing = start, last, closing
         self.charted = isinstance(solver, SlopeSolver) and (solver.chooses_steps or gradient == "adjoint")
         if capture and (solver.chooses_steps or gradient != "direct"):
             raise TypeError(
                 f"capture=True records a solve on a fixed grid without gradients, not {solver!r} with "
                 f"gradient={gradient!r}; give a solver with adaptive=False or without control of its steps, and nfe=…"
+            )
+        if (callback or resume) and (capture or self.charted or solver.chooses_steps):
+            raise TypeError(
+                f"callback= and resume= go with a fixed grid, not with {solver!r}, gradient={gradient!r} and "
+                f"capture={capture}; for an adaptive solver, solve in pieces: interval=(0, t), then start= the state"
+            )
+        self.callback, self.resume = callback, resume
+        if resume is not None and (resume.plan != self.name or not 0 <= resume.step <= len(self.grid)):
+            raise ValueError(
+                f"the snapshot is of a solve by {resume.plan}; this one is by {self.name}. Resume with the same "
+                "solver, nfe, grid, interval and final"
             )
         if self.charted:
             self.ruler = self.chart or charts.CHARTS["straight"]
@@ -127,7 +164,7 @@ class Passage:
                 functions=[self.flow.net], progress=progress,
             )  # fmt: skip
             return solution
-        noise = Noise(self.seed, context.tree["samples"])
+        noise = self.noise(self.seed, context.tree["samples"])
         if isinstance(self.solver, ForeignSDE):
             x, nfe, status = self.solver.diffuse(
                 lambda query: self.estimate(query, context.tree), path, y, self.start, self.last, self.budget, noise
@@ -137,19 +174,43 @@ class Passage:
         if self.capture:
             require_cuda(y)
             return captured(self, y, context.tree["cond"], context.tree["samples"])
+        begin, made, spent = State(y, noise), 0, 0
+        if self.resume is not None:
+            begin = replace(begin, past=self.resume.past, origin=self.resume.origin)
+            made, spent = self.resume.step, self.resume.nfe // self.flow.nfe_per_call
+        left = self.grid[made:]
+
+        def show(i: int, state: State) -> None:
+            assert self.callback is not None
+            nfe = (spent + sum(n for _, _, n in left[: i + 1])) * self.flow.nfe_per_call
+            self.callback(
+                Snapshot(
+                    made + i + 1, len(self.grid), left[i][1], nfe, state.x, state.past, state.origin,
+                    noise.seed, noise.samples, self.name,
+                )
+            )  # fmt: skip
+
         _, solution = march(
-            stepped(self.stepper(), self.grid), State(y, noise), self.grid, self.estimate, context.tree,
-            start=self.start, segments=mode == "checkpoint", progress=progress,
+            stepped(self.stepper(), left), begin, left, self.estimate, context.tree, segments=mode == "checkpoint",
+            start=left[0][0] if left else self.last, observer=show if self.callback else None, progress=progress,
         )  # fmt: skip
-        return solution
+        return replace(solution, nfe=solution.nfe + spent, accepted=solution.accepted + made)
+
+    @property
+    def name(self) -> str:
+        """The solver and its grid in words: what a solve must share with one that it resumes."""
+        digest = blake2b(repr((self.grid, self.closing, self.chart, self.noise.__name__)).encode(), digest_size=8)
+        return (
+            f"{self.solver!r} in {len(self.grid)} steps from t = {self.start!r} to {self.last!r} ({digest.hexdigest()})"
+        )
 
     def stepper(self) -> Stepper:
         """The step function in flow time."""
-        return self.solver.on(self.flow.path, self.chart)
+        return self.solver.on(self.flow.path, self.chart, self.grid)
 
     def key(self) -> Any:
         """Equal for plans that make the same steps."""
-        return self.solver, self.grid, self.chart, self.start, self.last, self.end
+        return self.solver, self.grid, self.chart, self.noise, self.start, self.last, self.closing
 
     def leave(self, solution: Solution, context: Context) -> Solution:
         """The solution in flow time, at the end of the interval."""
@@ -158,16 +219,16 @@ class Passage:
             arrived, clock = self.ruler.clock(path, self.last), solution.t
             reached = torch.where(clock == arrived, self.last, torch.as_tensor(self.ruler.time(path, clock)))
             solution = replace(solution, x=scaled(self.ruler.scale(path.at(reached)), solution.x), t=reached)
-        if self.end is not None and not self.capture:
-            solution = self._closed(solution, context, self.end)
+        if self.closing is not None and not self.capture:
+            solution = self._closed(solution, context, self.closing)
         return replace(solution, nfe=solution.nfe * self.flow.nfe_per_call)
 
-    def _closed(self, solution: Solution, context: Context, end: float) -> Solution:
-        """Take the samples that arrived at the window's edge to the end, with the estimate at the edge."""
+    def _closed(self, solution: Solution, context: Context, closing: Closing) -> Solution:
+        """Take the samples that arrived where the solver stops to the end, with the estimate there."""
+        end, data, noise = closing
         if not len(solution.x):
             return replace(solution, t=torch.full_like(solution.t, end))
-        there = self.flow.path.at(end)
-        closed = self.estimate(Query(solution.x, self.last), context.tree).combine(there.alpha, there.sigma)
+        closed = self.estimate(Query(solution.x, self.last), context.tree).combine(data, noise)
         finite = torch.isfinite(rows(closed.detach())).all(1).cpu()
         return replace(
             solution,

@@ -5,7 +5,7 @@ the evaluations: the spacing lays out N steps, and a step that costs m of them s
 
 Where a path ends beyond the times its network knows (`Path.window`: a discrete table's clean end), a grid with nodes or
 stages there goes to the window's edge instead, and one step x' = α' ẑ + σ' ε̂ with the estimate at the edge closes the
-gap.
+gap. A final policy (`grids.Final`) ends the grid earlier, and keeps back the estimate that it asks for.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any
 from flowsolve import grids
 from flowsolve.charts import Chart
 from flowsolve.flow import Flow
-from flowsolve.grids import Grid, Spacing
+from flowsolve.grids import At, Grid, Spacing, Timesteps
 from flowsolve.paths import Path
 from flowsolve.solvers.base import Solver
 
-__all__ = ["estimates", "plan", "share", "whole", "within"]
+__all__ = ["estimates", "given", "plan", "share", "span", "whole", "within"]
 
 
 def plan(
@@ -32,8 +32,12 @@ def plan(
     grid: Any = None,
     nfe: int | None = None,
     chart: Chart | None = None,
+    spare: int = 0,
 ) -> Grid:
     """The grid on which a fixed-grid solver will spend exactly nfe estimates, validated before anything is computed.
+
+    Args:
+        spare: estimates of the budget that are for what comes after the grid.
 
     Raises:
         ValueError: neither nfe nor explicit times, a budget that contradicts them, times that are not a grid or not on
@@ -44,10 +48,14 @@ def plan(
     if end < start and solver.random:
         raise ValueError(f"{solver!r} draws noise and has no way back from data to noise; use eta=0 or an ODE solver")
     times = grids.resolve("uniform" if grid is None else grid)
+    if isinstance(times, At):
+        times = _snapped(times.on(flow.path), interval)
     if isinstance(times, list):
-        steps = _given(solver, flow.path, interval, times, nfe)
+        steps = _given(solver, flow.path, interval, times, nfe, spare)
     else:
-        steps = _spaced(solver, flow.path, interval, times, nfe)
+        if nfe is not None and nfe <= spare:
+            raise ValueError(f"nfe = {nfe}; expected at least {spare + 1}: {spare} of them for the final step")
+        steps = _spaced(solver, flow.path, interval, times, None if nfe is None else nfe - spare)
     body = steps.intervals[: steps.steps - steps.closing]
     asked = {t for t, _, _ in steps.intervals} | {after for _, after, n in body if solver.asks_at_end(n)}
     for t in steps.times[: len(steps.times) - steps.closing]:
@@ -57,7 +65,31 @@ def plan(
     return steps
 
 
-def _given(solver: Solver, path: Path, interval: tuple[float, float], times: list[float], nfe: int | None) -> Grid:
+def given(grid: Any, path: Path) -> float | None:
+    """The last of explicit times, in whatever coordinate; None for a spacing. Takes what `grids.resolve` gave."""
+    times = grid.on(path) if isinstance(grid, At) else grid
+    return times[-1] if isinstance(times, list) and times else None
+
+
+def span(grid: Any, path: Path, steps: int | None) -> tuple[float, float]:
+    """The interval of a solve to the data whose interval is not given: the grid's, if it has one of its own."""
+    placed = grids.SPACINGS.get(grid) if isinstance(grid, str) else grid
+    if isinstance(placed, At):
+        return placed.span(path)
+    if isinstance(placed, Timesteps) and steps:
+        return placed.span(path, steps)
+    return (0.0, 1.0)
+
+
+def _snapped(times: list[float], interval: tuple[float, float]) -> list[float]:
+    """Times whose ends are those of the interval to the bit, where they are to rounding."""
+    ends = [b if abs(a - b) < 1e-9 else a for a, b in zip((times[0], times[-1]), interval, strict=True)]
+    return [ends[0], *times[1:-1], ends[1]]
+
+
+def _given(
+    solver: Solver, path: Path, interval: tuple[float, float], times: list[float], nfe: int | None, spare: int
+) -> Grid:
     """The grid of explicit times."""
     if not times:
         raise ValueError("grid= is empty; expected at least 2 times")
@@ -71,9 +103,10 @@ def _given(solver: Solver, path: Path, interval: tuple[float, float], times: lis
     if closing:
         counts[-1] = 1
     steps = Grid(tuple(times), tuple(counts), closing)
-    if nfe not in (None, steps.nfe):
+    if nfe not in (None, steps.nfe + spare):
+        also = f" and the final step {spare}" if spare else ""
         raise ValueError(
-            f"the budget is {nfe} estimates, but {solver!r} spends {steps.nfe} on the {steps.steps} steps given; "
+            f"the budget is {nfe} estimates, but {solver!r} spends {steps.nfe} on the {steps.steps} steps given{also}; "
             "drop nfe= or grid="
         )
     return steps
@@ -85,10 +118,12 @@ def _spaced(solver: Solver, path: Path, interval: tuple[float, float], spacing: 
     edge = path.window[1]
     if nfe is None:
         raise ValueError(f"{type(solver).__name__} steps on a fixed grid: give nfe=… or explicit times as grid=…")
-    counts = solver.schedule(nfe)
-    times = share(spacing.times(path, start, end, nfe), counts)
-    if not (start < edge < end and (solver.evaluations > 1 or times[-2] > edge)):
-        return Grid(tuple(times), tuple(counts))
+    beyond = start < edge < end
+    if not (beyond and solver.evaluations > 1):
+        counts = solver.schedule(nfe)
+        times = share(spacing.times(path, start, end, nfe), counts)
+        if not (beyond and times[-2] > edge):
+            return Grid(tuple(times), tuple(counts))
     if nfe < 2:
         raise ValueError(
             f"nfe = {nfe}; expected at least 2 with {type(solver).__name__} on {path!r}: one estimate is for the "

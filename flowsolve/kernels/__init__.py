@@ -1,16 +1,18 @@
-r"""Kernels: the three passes over the state that a Runge–Kutta step consists of.
+r"""Kernels: the three passes over the state that a Runge–Kutta step consists of, and the noise of a random one.
 
 | kernel | computes | state-sized reads |
 |---|---|---|
 | `Slopes.advance` | $y' = y + h \sum_j w_{bj} k_j$: a stage, or the new state | 1 + m |
 | `Slopes.error_norm` | the norm of $h \sum_j w_{bj} k_j$ in units of atol + rtol·max(\|y\|, \|y'\|) | 2 + m |
 | `Slopes.merge` | the new state where a step was accepted, the old one elsewhere | 1 |
+| `normals` | $\sum_i w_i \xi_i$, standard normals computed from their addresses (`flowsolve.kernels.philox`) | 0 |
 
 On the host, `aim` and `judge` are the arithmetic of step control (`flowsolve.kernels.control`).
 
 Each has a twin in plain torch (`flowsolve.kernels.twin`), which runs anywhere and which autograd sees through, and
 fused versions that pass over memory once: numba on the CPU (`cpu`), Triton on CUDA (`cuda`). The fused ones serve where
-no gradient is recorded and the tensors are contiguous and plain.
+no gradient is recorded and the tensors are contiguous and plain. Sums of slopes agree to rounding; normals have the
+same bits in all versions.
 
 **When is a compiler worth waiting for?** Loading the compiled kernels costs about a second (the first time on a
 machine, some more), so a short solve must not wait for them. The rule is the ski rental's: the twin serves until it has
@@ -26,6 +28,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -38,11 +41,12 @@ from flowsolve.kernels import control, twin
 from flowsolve.kernels.control import Law, Verdict
 from flowsolve.kernels.twin import host, largest, rms
 
-__all__ = ["Law", "Slopes", "Verdict", "aim", "host", "judge", "largest", "rms", "use"]
+__all__ = ["Law", "Slopes", "Verdict", "aim", "host", "judge", "largest", "normals", "rms", "use"]
 
 MODES = ("auto", "torch", "fused")
 PRICE = 1.0  # seconds that loading costs
 CALL, BYTE = 2e-4, 1e-9  # estimated seconds that a step costs more without the kernels, and per byte of the state
+NOISE_CALL, NOISE_BYTE = 4e-4, 6e-9  # and normals
 
 Vector = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -55,7 +59,8 @@ START = os.environ.get("FLOWSOLVE_KERNELS", "auto")
 if START not in MODES:
     raise ValueError(f"the environment variable FLOWSOLVE_KERNELS is {START!r}; expected one of {', '.join(MODES)}")
 _mode: ContextVar[str] = ContextVar("kernels", default=START)
-_rent = {"cpu": 0.0, "cuda": 0.0}
+MODULES = {"cpu": "cpu", "cuda": "cuda", "noise on cpu": "philox_cpu", "noise on cuda": "philox_cuda"}
+_rent = dict.fromkeys(MODULES, 0.0)
 _loaded: dict[str, ModuleType | None] = {}
 
 
@@ -148,6 +153,32 @@ class Slopes:
         return twin.merge(accepted, new, old)
 
 
+def normals(
+    table: Tensor, stream: int, intervals: Indices | int, weights: Vector | float, like: Tensor
+) -> Tensor | None:
+    """Σ_i w_i ξ_i by a fused kernel, of the shape, dtype and device of `like`; None if the twin is to serve.
+
+    Args:
+        table: for each sample its number and the two words of its key, int64 of shape (B, 3), on the device.
+        stream: the stream.
+        intervals: addresses of the intervals of which ξ_i are the normals, int64 of shape (T,); or one of them.
+        weights: one each, float64 of shape (T,); or the one of the one.
+        like: shape (B, *S).
+    """
+    mode, dtype = _mode.get(), like.dtype
+    if mode == "torch" or dtype not in SERVED or type(like) is not Tensor or table.shape[0] != like.shape[0]:
+        return None
+    kind = "noise on cpu" if like.is_cpu else f"noise on {like.device.type}"
+    if not (numbers := like.numel()):
+        return None
+    terms = 1 if isinstance(intervals, int) else len(intervals)
+    cost = terms * (NOISE_CALL + NOISE_BYTE * numbers * dtype.itemsize) if kind not in _loaded else 0.0
+    kernels = _served(kind, mode, cost)
+    if kernels is None:
+        return None
+    return kernels.normals(table, stream, intervals, weights, like)  # type: ignore[no-any-return]
+
+
 def aim(real: Vector, s_end: float, c: Vector) -> tuple[Vector, Vector, Vector]:
     """Sizes, ends and nodes of the next attempt; see `flowsolve.kernels.control.aim`."""
     compiled = _host()
@@ -183,13 +214,17 @@ def _fused(y: Tensor, recording: bool) -> ModuleType | None:
     mode, dtype = _mode.get(), y.dtype
     if mode == "torch" or dtype not in SERVED or not _plain(y, dtype, recording) or not y.numel():
         return None
-    kind = "cpu" if y.is_cpu else y.device.type
-    if kind not in _rent or torch.compiler.is_compiling() or _within_transform() is not None:
+    return _served("cpu" if y.is_cpu else y.device.type, mode, CALL + BYTE * y.numel() * y.element_size())
+
+
+def _served(kind: str, mode: str, cost: float) -> ModuleType | None:
+    """The module of a kind, if it is there or worth loading, now that something comes that it would save `cost`."""
+    if kind not in MODULES or torch.compiler.is_compiling() or _within_transform() is not None:
         return None
     if kind not in _loaded:
-        if kind == "cuda" and torch.cuda.is_current_stream_capturing():
+        if kind.endswith("cuda") and torch.cuda.is_current_stream_capturing():
             return None  # a graph is no place to compile in
-        _rent[kind] += CALL + BYTE * y.numel() * y.element_size()
+        _rent[kind] = _rent.get(kind, 0.0) + cost
         if mode == "auto" and _rent[kind] < PRICE:
             return None
         _loaded[kind] = _load(kind)
@@ -197,12 +232,9 @@ def _fused(y: Tensor, recording: bool) -> ModuleType | None:
 
 
 def _load(kind: str) -> ModuleType | None:
-    """The module of fused kernels for a kind of device; None, and a warning in the log, if it cannot be had."""
+    """The module of fused kernels of a kind; None, and a warning in the log, if it cannot be had."""
     try:
-        if kind == "cpu":
-            from flowsolve.kernels import cpu as module
-        else:
-            from flowsolve.kernels import cuda as module  # type: ignore[no-redef]
+        module = import_module(f"{__name__}.{MODULES[kind]}")
         module.probe()
     except Exception as error:  # whatever a compiler may raise: the twins serve as well
         logging.getLogger(__name__).warning("no fused kernels on %s, plain torch serves: %s", kind, error)
