@@ -43,7 +43,9 @@ steps: with $\rho = (\lambda_1 - \lambda_a)/h$,
 All are of order 2; with three nodes and more the published methods and the integral are one.
 
 **Ends.** At an end of the path λ may be infinite. A node there is left out of a polynomial in λ, and a step that ends
-at σ = 0 uses the latest node alone and no noise: it ends in the denoised state $\alpha_b\hat z$, as DDIM's does.
+at σ = 0 uses the latest node alone and no noise: it ends in the denoised state $\alpha_b\hat z$, as DDIM's does. Where
+c vanishes (noise form at α = 0, data form at σ = 0) F says nothing of x, and a step that sets out there is DDIM's too,
+which no form distinguishes; with noise it draws all of it anew, $x_b = \alpha_b\hat z + \sigma_b\xi$.
 
 **Long steps.** Where a step is more than 5 times as long in the variable as the one before (the last of a grid that is
 uniform in the time of a VP path, say), a polynomial through earlier nodes is extrapolated too far to be of use, and the
@@ -66,10 +68,11 @@ from torch import Tensor
 from flowsolve.charts import Chart
 from flowsolve.paths import Path, Point
 from flowsolve.predictions import Estimate
+from flowsolve.solvers.base import State
 
 __all__ = [
-    "FORMS", "RULES", "VARIABLES", "Form", "Update", "applied", "check_choice", "form_of", "refuse_chart",
-    "require_form", "update",
+    "FORMS", "RULES", "VARIABLES", "Form", "Update", "applied", "check_choice", "form_of", "frozen", "refuse_chart",
+    "update",
 ]  # fmt: skip
 
 Vector = NDArray[np.float64]
@@ -299,14 +302,14 @@ def refuse_chart(solver: Any, chart: Chart | None) -> None:
         )
 
 
-def require_form(form: Form, solver: Any, path: Path, t: float, *, asks: bool) -> None:
-    """Raise ValueError if a step would set out where the form's scale c vanishes."""
-    if asks and form.scale(path.at(t)) == 0.0:
-        zero = "σ" if form.q else "α"
-        raise ValueError(
-            f"form = {solver.form!r} of {type(solver).__name__} cannot set out from t = {t:g} of {path!r}, where "
-            f"{zero} = 0; use form='straight', which is finite at both ends, or an interval that stops short of it"
-        )
+def frozen(estimate: Estimate, path: Path, state: State, t: float, t_next: float, eta: float = 0.0) -> Tensor:
+    """The step that sets out where c vanishes, at an end of the path."""
+    there = path.at(t_next)
+    if not eta:
+        return estimate.combine(there.alpha, there.sigma)
+    assert state.noise is not None
+    x = estimate.combine(there.alpha, 0.0)
+    return x.add(state.noise.step(t, t_next, x), alpha=float(there.sigma))
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:

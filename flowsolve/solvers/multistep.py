@@ -31,7 +31,6 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from flowsolve.charts import Chart
-from flowsolve.flow import Flow
 from flowsolve.paths import Path
 from flowsolve.solvers.base import EstimateSolver, Past, Query, State, Step, Stepper
 from flowsolve.solvers.discrete import check_eta
@@ -43,8 +42,8 @@ from flowsolve.solvers.exponential import (
     applied,
     check_choice,
     form_of,
+    frozen,
     refuse_chart,
-    require_form,
     update,
 )  # fmt: skip
 from flowsolve.solvers.singlestep import SCHEMES, substeps
@@ -117,11 +116,6 @@ class Multistep(EstimateSolver):
             first.append(dear)
         return first + [1] * (nfe - sum(first))
 
-    def require(self, flow: Flow, chart: Chart | None, t: float, *, asks: bool) -> None:
-        """The form's scale must not vanish where a step sets out."""
-        super().require(flow, chart, t, asks=asks)
-        require_form(form_of(self.form), self, flow.path, t, asks=asks)
-
     def on(self, path: Path, chart: Chart | None, grid: Sequence[tuple[float, float, int]] = ()) -> Stepper:
         """The step function of this solver on a path; it takes no chart."""
         refuse_chart(self, chart)
@@ -145,16 +139,19 @@ class Multistep(EstimateSolver):
 
         def step(state: State, t: float, t_next: float, evaluations: int) -> Step:
             estimate = yield Query(state.x, t)
+            if form.scale(path.at(t)) == 0.0 and evaluations == 1:
+                return State(frozen(estimate, path, state, t, t_next, self.level(path, t, t_next)), state.noise)
             x, past, now = estimate.x, state.past, Past(t, form.value(estimate))
             if state.origin is not None:  # the step that led here once more, knowing F at its end
                 before = past[0].t
                 known_before = past[: min(self.corrector, left.get(before, MOST))]
                 x = taken(state, state.origin, before, t, (now, *known_before))
             if evaluations > 1:
-                ahead = yield from substeps(path, form, SCHEMES[evaluations], state, x, now.value, t, t_next)
+                ahead = yield from substeps(path, form, SCHEMES[evaluations], state, estimate, t, t_next)
             else:
                 ahead = taken(state, x, t, t_next, (now, *past)[: min(self.order, left.get(t, MOST))])
-            past = (now, *past)[: max(self.order - 1, self.corrector)]
+            keep = max(self.order - 1, self.corrector) if form.scale(path.at(t)) else 0
+            past = (now, *past)[:keep]
             again = self.corrector and evaluations == 1  # a single step is of higher order as it is
             return replace(state, x=ahead, past=past, origin=x if again else None)
 

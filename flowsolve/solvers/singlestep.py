@@ -32,21 +32,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from flowsolve.charts import CHARTS, Chart
-from flowsolve.flow import Flow
 from flowsolve.paths import Path
 from flowsolve.predictions import Estimate
 from flowsolve.solvers.base import EstimateSolver, Query, State, Step, Stepper
 from flowsolve.solvers.discrete import check_eta
-from flowsolve.solvers.exponential import (
-    RULES,
-    Form,
-    applied,
-    check_choice,
-    form_of,
-    refuse_chart,
-    require_form,
-    update,
-)
+from flowsolve.solvers.exponential import RULES, Form, applied, check_choice, form_of, frozen, refuse_chart, update
 
 __all__ = ["RES", "SCHEMES", "SEEDS", "DPMSolver", "DPMSolverPPS", "Scheme", "SingleStep", "StochasticHeun", "substeps"]
 
@@ -70,19 +60,24 @@ HEUN = Scheme(((1.0, (0,)),), (1, 0))
 
 
 def substeps(
-    path: Path, form: Form, scheme: Scheme, state: State, x: Tensor, value: Tensor, t: float, t_next: float,
+    path: Path, form: Form, scheme: Scheme, state: State, estimate: Estimate, t: float, t_next: float,
     eta: float = 0.0, rule: str = "exact",
 ) -> Generator[Query, Estimate, Tensor]:  # fmt: skip
     """The rest of a single step whose first evaluation is at hand, and its end.
 
     Args:
         state: names the noise.
-        x: the state at t.
-        value: F there.
+        estimate: that at t.
         eta: the member of the SDE family.
         rule: the weight of the second of two nodes, in the step and its stages.
     """
-    times, values = [t], [value]
+    if form.scale(path.at(t)) == 0.0:
+        for c, _ in scheme.stages:
+            stage = _between(path, t, t_next, min(c, 0.5))
+            x = frozen(estimate, path, state, t, stage, eta)
+            estimate, t = (yield Query(x, stage)), stage
+        return frozen(estimate, path, state, t, t_next, eta)
+    x, times, values = estimate.x, [t], [form.value(estimate)]
     noise: Tensor | None = None
     reached = t
 
@@ -167,11 +162,6 @@ class SingleStep(EstimateSolver):
             return [2, 2] + [3] * (full - 1)
         return [rest] * (rest > 0) + [self.evaluations] * full
 
-    def require(self, flow: Flow, chart: Chart | None, t: float, *, asks: bool) -> None:
-        """The form's scale must not vanish where a step sets out."""
-        super().require(flow, chart, t, asks=asks)
-        require_form(form_of(self.form), self, flow.path, t, asks=asks)
-
     def on(self, path: Path, chart: Chart | None, grid: Sequence[tuple[float, float, int]] = ()) -> Stepper:
         """The step function of this solver on a path; it takes no chart."""
         refuse_chart(self, chart)
@@ -179,10 +169,10 @@ class SingleStep(EstimateSolver):
 
         def step(state: State, t: float, t_next: float, evaluations: int) -> Step:
             estimate = yield Query(state.x, t)
-            scheme, value = self._scheme(evaluations), form.value(estimate)
+            scheme = self._scheme(evaluations)
             rule = self.rule if len(scheme.stages) == 1 else "exact"
             eta = float(self.eta(t)) if callable(self.eta) else float(self.eta)
-            x = yield from substeps(path, form, scheme, state, estimate.x, value, t, t_next, eta, rule)
+            x = yield from substeps(path, form, scheme, state, estimate, t, t_next, eta, rule)
             return replace(state, x=x)
 
         return step

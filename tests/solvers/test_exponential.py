@@ -377,13 +377,26 @@ def test_bad_settings_are_refused() -> None:
             make()
 
 
-def test_a_form_that_is_infinite_at_the_start_is_refused() -> None:
-    flow, x = mixture().flow(CondOT()), torch.zeros(2, 2)
-    with pytest.raises(ValueError, match=r"form = 'noise'.* t = 0 .*α = 0.*form='straight'"):
-        fs.sample(flow, start=x, solver=DEIS(), nfe=5)
-    with pytest.raises(ValueError, match=r"form = 'data'.* t = 1 .*σ = 0.*form='straight'"):
-        fs.encode(flow, x, solver=DPMSolverPP(), nfe=5)
-    assert fs.encode(flow, x, solver=DPMSolverPP(form="straight"), nfe=5).nfe.tolist() == [5, 5]
+@pytest.mark.parametrize(
+    "solver",
+    [DEIS(3), DEIS(3, **SINGLE), DPMSolver(2), DPMSolver(3), LMS(), SEEDS(2), UniPC(2, form="noise")],
+    ids=repr,
+)
+def test_a_form_that_is_infinite_at_the_start_sets_out_with_ddim(solver: Any) -> None:
+    flow = mixture().flow(CondOT())
+    x = torch.randn(64, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sol = fs.sample(flow, start=x, solver=solver, nfe=61)
+    assert sol.nfe.tolist() == [61] * 64
+    if not solver.random:
+        truth = fs.sample(flow, start=x, solver=fs.solvers.Dopri5(1e-8, 1e-8)).x
+        assert float((sol.x - truth).abs().median()) < 0.02
+
+
+def test_the_way_back_from_the_data_sets_out_with_ddim() -> None:
+    flow, x = mixture().flow(CondOT()), mixture().sample(16, seed=4)
+    truth = fs.encode(flow, x, solver=fs.solvers.Dopri5(1e-8, 1e-8)).x
+    found = fs.encode(flow, x, solver=DPMSolverPP(), nfe=80, grid="log_snr").x
+    assert float((found - truth).abs().median()) < 0.02
 
 
 def test_there_is_a_form_instead_of_a_chart() -> None:
