@@ -133,7 +133,8 @@ class Passage:
                 "solver, nfe, grid, interval and final"
             )
         if self.charted:
-            self.ruler = self.chart or charts.CHARTS["straight"]
+            assert isinstance(solver, SlopeSolver)
+            self.ruler = self.chart or charts.CHARTS[solver.ruler]
             for t in (start, last):
                 self.ruler.require(path, t)
 

@@ -23,6 +23,8 @@ from flowsolve.solvers.adaptive import Adaptive, Bosh3, Dopri5, Dopri8, Status, 
 from flowsolve.solvers.base import EstimateSolver, Query, Solver, State
 from flowsolve.solvers.controllers import PI, PID, Controller, I
 from flowsolve.solvers.discrete import DDIM, DDPM, ExactSDE
+from flowsolve.solvers.embedded import DPMSolver12, DPMSolver23
+from flowsolve.solvers.injection import Ancestral, Churn
 from flowsolve.solvers.multistep import DEIS, ERSDE, IPNDM, LMS, DPMSolverPP, Multistep, SASolver, SDEDPMSolverPP, UniPC
 from flowsolve.solvers.runge_kutta import RK4, Euler, Heun, Midpoint, Ralston, RungeKutta
 from flowsolve.solvers.singlestep import RES, SEEDS, DPMSolver, DPMSolverPPS, SingleStep, StochasticHeun
@@ -42,9 +44,13 @@ __all__ = [
     "RK4",
     "SEEDS",
     "Adaptive",
+    "Ancestral",
     "Bosh3",
+    "Churn",
     "Controller",
     "DPMSolver",
+    "DPMSolver12",
+    "DPMSolver23",
     "DPMSolverPP",
     "DPMSolverPPS",
     "Dopri5",

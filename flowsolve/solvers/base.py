@@ -173,6 +173,9 @@ class Solver:
 class SlopeSolver(Solver):
     """A solver that sees only dy/ds: it runs on any ODE, and on a flow in a chart."""
 
+    ruler: ClassVar[str] = "straight"
+    """The chart to run in where none is asked for."""
+
 
 class Foreign(SlopeSolver):
     """A solver of another library, which runs a loop of its own; see `flowsolve.solvers.bridges`."""

@@ -257,6 +257,7 @@ class SASolver(Multistep):
     """
 
     corrector: int = 1
+    rule: str = "bh1"
     tau: float = 1.0
     between: tuple[float, float] = (0.05, 50.0)
 

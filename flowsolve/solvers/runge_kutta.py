@@ -193,12 +193,12 @@ class RungeKutta(SlopeSolver):
 
     def require(self, flow: Flow, chart: Chart | None, t: float, *, asks: bool) -> None:
         """The chart must be finite at every node, and the estimate exist where it is asked for."""
-        (chart or CHARTS["straight"]).require(flow.path, t)
+        (chart or CHARTS[self.ruler]).require(flow.path, t)
         super().require(flow, chart, t, asks=asks)
 
     def on(self, path: Path, chart: Chart | None, grid: Sequence[tuple[float, float, int]] = ()) -> Stepper:
         """The step function of this solver on a path, in a chart (by default the straight one)."""
-        ruler = chart or CHARTS["straight"]
+        ruler = chart or CHARTS[self.ruler]
 
         def step(state: State, t: float, t_next: float, evaluations: int) -> Step:
             y = scaled(inverse(ruler.scale(path.at(t))), state.x)
