@@ -55,9 +55,9 @@ latest node stands alone. On a sequence of refined grids this does not happen.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -160,112 +160,107 @@ def update(
         variable: in what F is a polynomial.
         rule: the weight of the second of two nodes in λ.
     """
-    here, there = path.at(a), path.at(b)
-    mixing = eta * eta if there.sigma else 0.0  # what ends at the data holds no noise
-    c_a, c_b = form.scale(here), form.scale(there)
-    shrink = float(c_b * here.alpha / (there.alpha * c_a)) if there.alpha else math.inf  # r_b / r_a
-    whole = _total(form, here, there, shrink, mixing)
-    kept = _kept(path, form, nodes, a, b, variable)
-    share = [1.0] if len(kept) == 1 else _means(path, form, a, b, kept, mixing, variable, rule, whole, there, c_b)
+    interval = _Interval(path, form, a, b, eta, nodes)
+    kept = interval.kept(variable)
+    share = [1.0] if len(kept) == 1 else interval.means(kept, variable, rule)
     weights = dict(zip(kept, share, strict=True))
-    decay = 1.0 if mixing == 0.0 or form.q == 0.0 else shrink**mixing
-    return Update(
-        c_b / c_a * decay,
-        tuple(whole * weights.get(t, 0.0) for t in nodes),
-        _fresh(form, here, there, shrink, mixing) if mixing else 0.0,
-    )
+    return Update(interval.decay, tuple(interval.whole * weights.get(t, 0.0) for t in nodes), interval.fresh)
 
 
-def _kept(path: Path, form: Form, nodes: Sequence[float], a: float, b: float, variable: str) -> list[float]:
-    """The nodes that the polynomial goes through."""
-    here, there, kept = path.at(a), path.at(b), list(nodes)
-    ruler: Callable[[Point], float] = partial(_clock, form)
-    if variable != "clock":
-        if there.sigma == 0.0 or there.alpha == 0.0:
+class _Interval:
+    """A step's interval: the integrals of the page, in float64.
+
+    Attributes:
+        mixing: η²; what ends at the data holds no noise.
+        shrink: r_b/r_a.
+        decay: X = (c_b/c_a) (r_b/r_a)^η².
+        whole: w = (1+η²) c_b ∫ (r_b/r)^η² s₁ s₂ dλ.
+    """
+
+    def __init__(self, path: Path, form: Form, a: float, b: float, eta: float, nodes: Sequence[float]) -> None:
+        self.path, self.form, self.a, self.b, self.nodes = path, form, a, b, nodes
+        self.points = {t: path.at(t) for t in (a, b, *nodes)}
+        self.here, self.there = here, there = self.points[a], self.points[b]
+        self.mixing = mixing = eta * eta if there.sigma else 0.0
+        c_a, self.c = form.scale(here), form.scale(there)
+        self.shrink = float(self.c * here.alpha / (there.alpha * c_a)) if there.alpha else math.inf
+        self.decay = self.c / c_a * (1.0 if mixing == 0.0 or form.q == 0.0 else self.shrink**mixing)
+        if form.q == 0.0:
+            self.whole = (1.0 + mixing) * float(there.alpha * here.sigma / here.alpha - there.sigma)
+        elif mixing == 0.0:
+            self.whole = float(there.alpha - self.c * here.alpha / c_a) / form.q
+        else:
+            self.whole = float(there.alpha) * _lost(self.shrink, 1.0 + mixing) / form.q
+
+    @property
+    def fresh(self) -> float:
+        """τ: for q > 0 the integral over r is elementary, dλ = −dr/(r − p)."""
+        form, mixing, there = self.form, self.mixing, self.there
+        if mixing == 0.0:
+            return 0.0
+        if form.q == 0.0:
+            ratio = float(there.alpha * self.here.sigma / self.here.alpha)
+            return math.sqrt(mixing * (ratio - there.sigma) * (ratio + there.sigma))
+        drawn = _lost(self.shrink, 2.0 * mixing)
+        s1 = float(there.alpha) / self.c
+        held = 2.0 * mixing / (1.0 + 2.0 * mixing) * form.p * s1 * _lost(self.shrink, 1.0 + 2.0 * mixing)
+        return self.c / form.q * math.sqrt(max(drawn - held, 0.0))
+
+    def place(self, t: float, variable: str) -> float:
+        """The variable at one of the times."""
+        if variable == "time":
+            return t
+        point = self.points[t]
+        if variable == "log_snr":
+            return float(point.log_snr)
+        # s₁ = α/c, or −s₂ = −σ/α in the noise form, where s₁ is constant
+        return float(point.alpha) / self.form.scale(point) if self.form.q else -float(point.sigma / point.alpha)
+
+    def kept(self, variable: str) -> list[float]:
+        """The nodes that the polynomial goes through."""
+        kept, ruler = list(self.nodes), "clock" if variable == "clock" else "log_snr"
+        if self.c == 0.0 or (ruler == "log_snr" and not (self.there.alpha and self.there.sigma)):
             return kept[:1]
-        kept = [t for t in kept if (p := path.at(t)).alpha and p.sigma] or kept[:1]
-        ruler = _log_snr
-    if kept[0] == a and len(kept) > 1:  # what follows reaches beyond its nodes
-        step, before = ruler(there) - ruler(here), ruler(here) - ruler(path.at(kept[1]))
-        kept = kept[:1] if abs(step) > STRETCH * abs(before) else kept
-    return kept
+        if ruler == "log_snr":
+            kept = [t for t in kept if self.points[t].alpha and self.points[t].sigma] or kept[:1]
+        if kept[0] == self.a and len(kept) > 1:  # what follows reaches beyond its nodes
+            first, second, end = (self.place(t, ruler) for t in (self.a, kept[1], self.b))
+            kept = kept[:1] if abs(end - first) > STRETCH * abs(first - second) else kept
+        return kept
 
-
-def _log_snr(point: Point) -> float:
-    return float(point.log_snr)
-
-
-def _total(form: Form, here: Point, there: Point, shrink: float, mixing: float) -> float:
-    """w = (1+η²) c_b ∫ (r_b/r)^η² s₁ s₂ dλ."""
-    if form.q == 0.0:
-        return (1.0 + mixing) * float(there.alpha * here.sigma / here.alpha - there.sigma)
-    if mixing == 0.0:
-        return float(there.alpha - form.scale(there) * here.alpha / form.scale(here)) / form.q
-    return float(there.alpha) * _lost(shrink, 1.0 + mixing) / form.q
-
-
-def _fresh(form: Form, here: Point, there: Point, shrink: float, mixing: float) -> float:
-    """τ: for q > 0 the integral over r is elementary, dλ = −dr/(r − p)."""
-    if form.q == 0.0:
-        ratio = float(there.alpha * here.sigma / here.alpha)
-        return math.sqrt(mixing * (ratio - there.sigma) * (ratio + there.sigma))
-    s1 = float(there.alpha) / form.scale(there)
-    drawn = _lost(shrink, 2.0 * mixing)
-    kept = 2.0 * mixing / (1.0 + 2.0 * mixing) * form.p * s1 * _lost(shrink, 1.0 + 2.0 * mixing)
-    return form.scale(there) / form.q * math.sqrt(max(drawn - kept, 0.0))
+    def means(self, nodes: Sequence[float], variable: str, rule: str) -> list[float]:
+        """ω: the means of the Lagrange basis polynomials under the kernel."""
+        a, b = ((self.place(t, "clock" if variable == "clock" else "log_snr")) for t in (self.a, self.b))
+        if len(nodes) == 2 and self.a in nodes and rule != "exact" and variable == "log_snr":
+            size = 1.0
+            if rule == "bh1":
+                rate = (1.0 + self.mixing) * float(self.there.alpha * self.there.sigma) / self.c
+                size = rate * (b - a) / self.whole
+            other = nodes[1 - nodes.index(self.a)]
+            second = size * (b - a) / (2.0 * (self.place(other, variable) - a))
+            return [1.0 - second if t == self.a else second for t in nodes]
+        if variable == "clock":
+            v, w = _quadrature(a, b, math.inf)
+            if self.mixing and self.form.q:
+                w = w * (v / b) ** self.mixing  # r_b/r
+        else:
+            a, b = min(max(a, b - REACH), b + REACH), min(max(b, a - REACH), a + REACH)
+            v, w = _quadrature(a, b, 1.0 + self.mixing)
+            exponent = -(self.mixing + 2.0) * self.form.log_ratio(v) - v
+            w = w * np.exp(exponent - exponent.max())
+            if variable == "time":
+                v = self.path.time(torch.from_numpy(v)).numpy()
+        w, places = w / w.sum(), [self.place(t, variable) for t in nodes]
+        share = []
+        for j, x in enumerate(places):
+            others = [y for i, y in enumerate(places) if i != j]
+            share.append(float(w @ np.prod([(v - y) / (x - y) for y in others], axis=0)))
+        return share
 
 
 def _lost(base: float, power: float) -> float:
     """1 − base^power."""
     return -math.expm1(power * math.log(base)) if base else 1.0
-
-
-def _means(
-    path: Path,
-    form: Form,
-    a: float,
-    b: float,
-    nodes: list[float],
-    mixing: float,
-    variable: str,
-    rule: str,
-    whole: float,
-    there: Point,
-    c_b: float,
-) -> list[float]:
-    """ω: the means of the Lagrange basis polynomials under the kernel."""
-    if variable == "clock":
-        places = [_clock(form, path.at(t)) for t in nodes]
-        v, w = _quadrature(_clock(form, path.at(a)), _clock(form, there), math.inf)
-        if mixing and form.q:
-            with np.errstate(divide="ignore"):
-                w = w * (v / _clock(form, there)) ** mixing  # r_b/r
-    else:
-        lam_a, lam_b = path.log_snr(a), path.log_snr(b)
-        if len(nodes) == 2 and a in nodes and rule != "exact" and variable == "log_snr":
-            h, other = lam_b - lam_a, nodes[1 - nodes.index(a)]
-            size = 1.0 if rule == "bh2" else (1.0 + mixing) * float(there.alpha * there.sigma) / c_b * h / whole
-            second = size * h / (2.0 * (path.log_snr(other) - lam_a))
-            return [1.0 - second if t == a else second for t in nodes]
-        lam_a, lam_b = (min(max(v, w - REACH), w + REACH) for v, w in ((lam_a, lam_b), (lam_b, lam_a)))
-        v, w = _quadrature(lam_a, lam_b, 1.0 + mixing)
-        log_r = form.log_ratio(v)
-        exponent = -(mixing + 2.0) * log_r - v
-        w = w * np.exp(exponent - exponent.max())
-        places = [path.log_snr(t) for t in nodes]
-        if variable == "time":
-            v, places = path.time(torch.from_numpy(v)).numpy(), list(nodes)
-    w = w / w.sum()
-    share = []
-    for j, x in enumerate(places):
-        others = [y for i, y in enumerate(places) if i != j]
-        share.append(float(w @ np.prod([(v - y) / (x - y) for y in others], axis=0)))
-    return share
-
-
-def _clock(form: Form, point: Point) -> float:
-    """s₁ = α/c, or −s₂ = −σ/α in the noise form, where s₁ is constant."""
-    return float(point.alpha) / form.scale(point) if form.q else -float(point.sigma / point.alpha)
 
 
 @cache
