@@ -33,7 +33,7 @@ from flowsolve.noise import BROWNIAN, STEP, Noise, interval
 __all__ = ["NOISES", "Brownian", "named"]
 
 DEPTH = 53  # times are multiples of 2⁻⁵³
-LEVELS = np.arange(DEPTH)
+LEVELS = np.arange(DEPTH, dtype=np.int64)
 WIDTHS = 1 << (DEPTH - LEVELS)  # of a node's interval
 UNITS = 2.0 ** (LEVELS - DEPTH + 1) * 2.0 ** (-LEVELS / 2 - 1)  # what a height counts for
 

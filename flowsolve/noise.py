@@ -127,6 +127,8 @@ class Noise:
             return fused
         count, work = math.prod(like.shape[1:]), _work(like)
         each, total = max(1, AT_ONCE // max(1, like.numel())), torch.zeros((), dtype=work, device=like.device)
+        if like.is_cuda and torch.cuda.is_current_stream_capturing():
+            each = 1  # for which no addresses are sent to the device
         for first in range(0, len(intervals), each):
             some = slice(first, first + each)
             x = gaussian(self._words(stream, intervals[some].tolist(), count, like.device), work)

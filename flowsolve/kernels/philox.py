@@ -18,8 +18,8 @@ nodes:
 * The angle is reduced to an octant either side of a multiple of π/2 on the word itself, which is exact. On y in
   [−½, ½], sin(πy/2) = y S(y²) and cos(πy/2) = C(y²).
 
-Errors of the result against the transform in exact arithmetic, over all words in steps of a prime and the extremes:
-below 5·10⁻¹⁶ of it in float64, 3·10⁻⁷ in float32. The largest magnitude is √(66 ln 2) = 6.76.
+Relative errors against the transform in exact arithmetic, over words in steps of 65,537 and all around the places where
+formulas change: below 5·10⁻¹⁶ in float64, 3.5·10⁻⁷ in float32. The largest magnitude is √(66 ln 2) = 6.76.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def philox(counter: Sequence[Tensor], key: tuple[Any, Any]) -> list[Tensor]:
     c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
     k0, k1 = key
     for _ in range(10):
-        # int64 products wrap modulo 2⁶⁴, which keeps the bits; what is above 32 bits is cut off before the next product.
+        # int64 products wrap modulo 2⁶⁴, which keeps the bits; those above 32 are cut off before the next product.
         p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
         c0, c1, c2, c3 = (
             (p1 >> 32).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(MASK),

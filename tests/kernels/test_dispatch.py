@@ -80,11 +80,10 @@ def test_a_fixed_grid_reads_nothing_before_the_end(solver: Any, mode: str, devic
     operations, sent = ((getattr(long, v).total() - getattr(short, v).total()) / (many - few) for v in ("all", "sent"))
     print(solver, mode, device, operations, sent)
     if solver.random:
-        assert operations <= 160  # most of them integer arithmetic for the noise
-        assert sent <= 1  # the numbers of the samples, for the noise
+        assert operations <= (12 if mode == "fused" else 210)  # most of them arithmetic for the noise
     else:
         assert operations <= 7
-        assert sent == 0
+    assert sent == 0
 
 
 @pytest.mark.parametrize(("mode", "device"), PLACES)
