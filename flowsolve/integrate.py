@@ -52,6 +52,7 @@ def sample(
     grad: bool | None = None,
     gradient: str = "direct",
     capture: bool = False,
+    t_eval: Sequence[float] | None = None,
     callback: Callback | None = None,
     resume: Snapshot | None = None,
 ) -> Solution:
@@ -87,6 +88,8 @@ def sample(
         gradient: how: "direct", "checkpoint" (memory of O(√steps)) or "adjoint"; see `flowsolve.gradients`.
         capture: on CUDA and a fixed grid: record the solve as a CUDA graph the first time, replay it from then on
             (`flowsolve.capture`).
+        t_eval: flow times at which to keep the state, as `trajectory`: nodes of a fixed grid, or any times with an
+            adaptive solver.
         callback: on a fixed grid: is shown a `flowsolve.Snapshot` after every step.
         resume: a snapshot of a solve by the same solver and grid, to go on from instead of a start.
 
@@ -141,8 +144,8 @@ def sample(
         drawn = kind.for_batch(seed, state(start).shape[0], samples)
     return integrate(
         flow, start, interval, solver=solver, nfe=nfe, grid=grid, chart=chart, final=final, noise=drawn, cond=cond,
-        batch=batch, progress=progress, throw=throw, grad=grad, gradient=gradient, capture=capture, callback=callback,
-        resume=resume,
+        batch=batch, progress=progress, throw=throw, grad=grad, gradient=gradient, capture=capture, t_eval=t_eval,
+        callback=callback, resume=resume,
     )  # fmt: skip
 
 
@@ -161,6 +164,8 @@ def encode(
     throw: bool = True,
     grad: bool | None = None,
     gradient: str = "direct",
+    t_eval: Sequence[float] | None = None,
+    callback: Callback | None = None,
 ) -> Solution:
     """Carry data back to noise along the probability-flow ODE: the reverse of `sample` over the same interval.
 
@@ -184,7 +189,7 @@ def encode(
     check_interval(interval)
     return integrate(
         flow, x, interval, solver=solver, nfe=nfe, grid=grid, chart=chart, cond=cond, batch=batch, progress=progress,
-        throw=throw, grad=grad, gradient=gradient,
+        throw=throw, grad=grad, gradient=gradient, t_eval=t_eval, callback=callback,
     )  # fmt: skip
 
 
@@ -206,6 +211,7 @@ def integrate(
     grad: bool | None = None,
     gradient: str = "direct",
     capture: bool = False,
+    t_eval: Sequence[float] | None = None,
     callback: Callback | None = None,
     resume: Snapshot | None = None,
 ) -> Solution:
@@ -224,11 +230,14 @@ def integrate(
         gradient=gradient,
         capture=capture,
         final=final,
+        t_eval=t_eval,
         callback=callback,
         resume=resume,
     )
-    if batch is not None and (callback or resume):
-        raise ValueError("callback= and resume= are of one batch; drop batch=, or sample batch by batch with samples=")
+    if batch is not None and (callback or resume or t_eval is not None):
+        raise ValueError(
+            "t_eval=, callback= and resume= are of one batch; drop batch=, or sample batch by batch with samples="
+        )
     chunk = Chunk(x, dict(cond or {}), noise.samples)
     with recording(x, grad):
         solution: Solution = passed(passage, chunk, batch, progress)

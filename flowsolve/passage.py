@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from hashlib import blake2b
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -76,6 +77,7 @@ class Passage:
         capture: bool = False,
         final: str | Final = "path",
         shared: Mapping[str, Any] | None = None,
+        t_eval: Sequence[float] | None = None,
         callback: Callback | None = None,
         resume: Snapshot | None = None,
     ) -> None:
@@ -132,6 +134,7 @@ class Passage:
                 f"the snapshot is of a solve by {resume.plan}; this one is by {self.name}. Resume with the same "
                 "solver, nfe, grid, interval and final"
             )
+        self.stops = [] if t_eval is None else self._stops(t_eval)
         if self.charted:
             assert isinstance(solver, SlopeSolver)
             self.ruler = self.chart or charts.CHARTS[solver.ruler]
@@ -160,11 +163,16 @@ class Passage:
             if not self.solver.chooses_steps:
                 clock = [(self.ruler.clock(path, a), self.ruler.clock(path, b), n) for a, b, n in self.grid]
             assert isinstance(self.solver, SlopeSolver)
-            _, solution = trajectory(
-                y, start, [end], ask, context, solver=self.solver, intervals=clock, budget=budget, mode=mode,
-                functions=[self.flow.net], progress=progress,
+            stops = [self.ruler.clock(path, t) for t in self.stops]
+            states, solution = trajectory(
+                y, start, stops if stops and stops[-1] == end else [*stops, end], ask, context, solver=self.solver,
+                intervals=clock, budget=budget, mode=mode, functions=[self.flow.net], progress=progress,
+                dense=bool(stops),
             )  # fmt: skip
-            return solution
+            if not stops:
+                return solution
+            scales = [self.ruler.scale(path.at(t)) for t in self.stops]
+            return self._seen(solution, [scaled(c, y) for c, y in zip(scales, states, strict=False)])
         noise = self.noise(self.seed, context.tree["samples"])
         if isinstance(self.solver, ForeignSDE):
             x, nfe, status = self.solver.diffuse(
@@ -181,8 +189,13 @@ class Passage:
             made, spent = self.resume.step, self.resume.nfe // self.flow.nfe_per_call
         left = self.grid[made:]
 
+        seen = {self.start: y}
+
         def show(i: int, state: State) -> None:
-            assert self.callback is not None
+            if left[i][1] in self.stops:
+                seen[left[i][1]] = state.x
+            if self.callback is None:
+                return
             nfe = (spent + sum(n for _, _, n in left[: i + 1])) * self.flow.nfe_per_call
             self.callback(
                 Snapshot(
@@ -193,9 +206,49 @@ class Passage:
 
         _, solution = march(
             stepped(self.stepper(), left), begin, left, self.estimate, context.tree, segments=mode == "checkpoint",
-            start=left[0][0] if left else self.last, observer=show if self.callback else None, progress=progress,
+            start=left[0][0] if left else self.last, observer=show if self.callback or self.stops else None,
+            progress=progress,
         )  # fmt: skip
+        if self.stops:
+            solution = self._seen(solution, [seen[t] for t in self.stops])
         return replace(solution, nfe=solution.nfe + spent, accepted=solution.accepted + made)
+
+    def _stops(self, t_eval: Sequence[float]) -> list[float]:
+        """Times to keep the state at, up to where the solver stops."""
+        stops = [float(t) for t in t_eval]
+        sign = 1.0 if self.last > self.start else -1.0
+        line = [sign * t for t in stops]
+        if (
+            not stops
+            or any(b <= a for a, b in pairwise(line))
+            or line[0] < sign * self.start
+            or line[-1] > sign * self.last
+        ):
+            raise ValueError(
+                f"t_eval = {stops}; expected strictly monotone flow times from t = {self.start:g} to t = {self.last:g}"
+                + ("" if self.closing is None else ", where the solver stops (what closes the solve is in sol.x)")
+            )
+        if self.capture or isinstance(self.solver, ForeignSDE) or self.resume is not None:
+            raise TypeError(
+                f"t_eval= goes with neither capture=, resume= nor {self.solver!r}; drop it, or use callback="
+            )
+        if self.solver.chooses_steps:
+            return stops
+        nodes = [self.start, *(b for _, b, _ in self.grid)]
+        nearest = [min(nodes, key=lambda node: abs(node - t)) for t in stops]
+        for t, node in zip(stops, nearest, strict=True):
+            if abs(t - node) > 1e-9:
+                raise ValueError(
+                    f"t_eval holds {t!r}, which is no node of the grid (the nearest is {node!r}); give nodes, or an "
+                    "adaptive solver, which has a state at every time"
+                )
+        return nearest
+
+    def _seen(self, solution: Solution, states: Sequence[Tensor]) -> Solution:
+        """The solution with the states at the stops."""
+        return replace(
+            solution, t_eval=torch.tensor(self.stops, dtype=torch.float64), trajectory=torch.stack(list(states))
+        )
 
     @property
     def name(self) -> str:

@@ -41,7 +41,8 @@ class Solution:
         accepted: accepted steps, int64 of shape (B,).
         rejected: rejected steps, int64 of shape (B,).
         t: the time each sample reached, or that of the first value that was not finite; float64 of shape (B,).
-        t_eval: the times of x's first axis, if asked for.
+        t_eval: the times of x's first axis (of the trajectory, for a flow), if asked for.
+        trajectory: of a flow: its states at t_eval, shape (T, B, *S), NaN where a sample did not get.
     """
 
     x: Tensor
@@ -51,6 +52,7 @@ class Solution:
     rejected: Tensor
     t: Tensor
     t_eval: Tensor | None = None
+    trajectory: Tensor | None = None
 
     @property
     def ok(self) -> Tensor:

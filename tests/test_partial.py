@@ -142,3 +142,44 @@ def test_a_round_trip_on_explicit_times() -> None:
     latent = fs.encode(flow, x, solver=Euler(), grid=times).x
     torch.testing.assert_close(report.x, fs.sample(flow, start=latent, solver=Euler(), grid=times[::-1]).x)
     assert report.nfe.tolist() == [8] * 4
+
+
+# --- trajectories ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", [Euler(), UniPC(3), DDPM(), Heun()], ids=repr)
+def test_a_trajectory_on_a_fixed_grid_is_its_nodes(solver: Any) -> None:
+    flow, shots = problem().flow(CondOT()), []
+    common = {"solver": solver, "nfe": 8 * solver.evaluations, "seed": 2}
+    sol = fs.sample(flow, shape=(3, 2), t_eval=[0.0, 0.25, 0.5, 1.0], callback=shots.append, **common)
+    assert sol.trajectory is not None
+    assert sol.t_eval is not None
+    assert sol.t_eval.tolist() == [0.0, 0.25, 0.5, 1.0]
+    assert sol.trajectory.shape == (4, 3, 2)
+    for state, step in ((sol.trajectory[1], 2), (sol.trajectory[2], 4), (sol.trajectory[3], 8)):
+        assert bool((state == shots[step - 1].x).all())
+    assert bool((sol.x == fs.sample(flow, shape=(3, 2), **common).x).all())
+    with pytest.raises(ValueError, match=r"0\.3, which is no node of the grid \(the nearest is 0\.25"):
+        fs.sample(flow, shape=(3, 2), t_eval=[0.3], **common)
+
+
+@pytest.mark.parametrize("chart", [None, "trig"])
+def test_a_trajectory_of_an_adaptive_solver_is_at_any_time(chart: Any) -> None:
+    flow, times = problem().flow(CondOT()), [0.1, 0.37, 0.8]
+    common = {"solver": Dopri5(1e-9, 1e-9), "chart": chart}
+    sol = fs.sample(flow, shape=(5, 2), dtype=torch.float64, t_eval=times, **common)
+    start = fs.sample(flow, shape=(5, 2), dtype=torch.float64, t_eval=[0.0], **common).trajectory[0]
+    for t, state in zip(times, sol.trajectory, strict=True):
+        there = fs.sample(flow, start=start, interval=(0.0, t), **common).x
+        torch.testing.assert_close(state, there, rtol=0.0, atol=2e-7)
+    back = fs.encode(flow, sol.x, t_eval=times[::-1], **common).trajectory
+    torch.testing.assert_close(back.flip(0), sol.trajectory, rtol=0.0, atol=1e-6)
+
+
+def test_bad_stops_are_refused() -> None:
+    flow = problem().flow(CondOT())
+    for bad in ([], [0.5, 0.5], [0.5, 0.2]):
+        with pytest.raises(ValueError, match="expected strictly monotone"):
+            fs.sample(flow, shape=(2, 2), solver=Dopri5(), t_eval=bad)
+    with pytest.raises(ValueError, match="what closes the solve is in sol"):
+        fs.sample(flow, shape=(2, 2), solver=Euler(), nfe=5, final="denoise", t_eval=[1.0])
