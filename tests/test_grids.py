@@ -7,6 +7,7 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -649,7 +650,7 @@ def test_a_grid_counts_its_evaluations() -> None:
 def test_spacings_are_known_by_name_and_are_themselves() -> None:
     assert [resolve(n) for n in grids.SPACINGS] == [
         Uniform(), LogSNR(), Karras(rho=7.0), Quadratic(), Polyexponential(rho=1.0), Beta(0.6, 0.6),
-        Timesteps("leading"), Timesteps("trailing"), Timesteps("linspace"),
+        grids.Logistic(), grids.Arctan(), Timesteps("leading"), Timesteps("trailing"), Timesteps("linspace"),
     ]  # fmt: skip
     assert resolve(Karras(rho=3.0)) == Karras(rho=3.0)
     assert resolve(At(t=[0.0, 1.0])) == At(t=[0.0, 1.0])
@@ -674,3 +675,45 @@ def test_something_else_as_a_grid_is_refused(wrong: Any) -> None:
 def test_a_grid_may_be_handed_back_as_explicit_times() -> None:
     steps = Grid((0.0, 0.5, 1.0), (1, 1))
     assert resolve(steps.times) == [0.0, 0.5, 1.0]
+
+
+# --- spacings that are dense in the middle ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("kappa", [0.3, 1.0, 4.0])
+def test_logistic_has_equal_steps_of_its_clock(name: str, kappa: float) -> None:
+    path = PATHS[name]
+    end = path.window[1]
+    times = grids.Logistic(kappa=kappa).times(path, 0.0, end, 13)
+    clock = [path.alpha(t) / (kappa * path.alpha(t) + path.sigma(t)) for t in times]
+    assert np.diff(clock) == pytest.approx(np.full(13, (clock[-1] - clock[0]) / 13), rel=1e-6)
+
+
+def test_logistic_on_the_straight_path_is_a_shifted_uniform_grid() -> None:
+    path, shift = CondOT(), 3.0
+    found = grids.Logistic(kappa=shift).times(path, 0.0, 1.0, 10)
+    assert found == pytest.approx(grids.Shifted(grids.Uniform(), shift).times(path, 0.0, 1.0, 10), abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["VP", "EDM", "Discrete"])
+def test_arctan_has_equal_steps_of_it(name: str) -> None:
+    path = PATHS[name]
+    times = grids.Arctan(center=0.5, width=2.0).times(path, 0.0, path.window[1], 11)
+    angle = [math.atan((path.log_snr(t) - 0.5) / 2.0) for t in times]
+    assert np.diff(angle) == pytest.approx(np.full(11, (angle[-1] - angle[0]) / 11), rel=1e-7)
+
+
+@pytest.mark.parametrize("spacing", [grids.Logistic, grids.Arctan])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 12])
+def test_since_and_until_place_the_outermost_nodes(spacing: Any, steps: int) -> None:
+    path = CondOT()
+    times = spacing(since=-3.0, until=4.0).times(path, 0.0, 1.0, steps)
+    assert len(times) == steps + 1
+    assert (times[0], times[-1]) == (0.0, 1.0)
+    assert all(a < b for a, b in pairwise(times))
+    if steps >= 3:
+        assert path.log_snr(times[1]) == pytest.approx(-3.0)
+        assert path.log_snr(times[-2]) == pytest.approx(4.0)
+    inside = spacing(since=-3.0, until=4.0).times(path, path.time(-1.0), path.time(2.0), steps)
+    assert inside == spacing().times(path, path.time(-1.0), path.time(2.0), steps)

@@ -12,6 +12,8 @@ its intervals will cost, so the NFE of a solve is known before it starts. A *spa
 | `LogSNR()` | `log_snr` | $\lambda = \lambda_a + (\lambda_b-\lambda_a)\,u$ | Lu et al. 2022; "exponential" |
 | `Polyexponential(rho)` | `polyexponential` | $\lambda = \lambda_b - (\lambda_b-\lambda_a)(1-u)^\rho$ | k-diffusion |
 | `Karras(rho)` | `karras` | $\tilde\sigma^{1/\rho}$ linear in $u$ | Karras et al. 2022 |
+| `Logistic(kappa)` | `logistic` | $\alpha/(\kappa\alpha+\sigma)$ linear in $u$ | `flowsolve.grids.warped` |
+| `Arctan(center, width)` | `arctan` | $\arctan((\lambda-c)/w)$ linear in $u$ | `flowsolve.grids.warped` |
 | `Timesteps(kind)` | `leading`, `trailing`, `linspace` | entries of a discrete table | Lin et al. 2024, Table 2 |
 | `Shifted(spacing, s)` | | the nodes of another, with $\lambda' = \lambda - \log s$ | Esser et al. 2024 |
 
@@ -32,10 +34,12 @@ from flowsolve.grids.names import SPACINGS, resolve
 from flowsolve.grids.shift import Shifted, dynamic_shift
 from flowsolve.grids.spacings import WINDOW, Beta, Karras, LogSNR, Polyexponential, Quadratic, Uniform
 from flowsolve.grids.tables import Timesteps
+from flowsolve.grids.warped import Arctan, Logistic
 
 __all__ = [
     "SPACINGS",
     "WINDOW",
+    "Arctan",
     "At",
     "Beta",
     "Closing",
@@ -43,6 +47,7 @@ __all__ = [
     "Grid",
     "Karras",
     "LogSNR",
+    "Logistic",
     "Polyexponential",
     "Quadratic",
     "Shifted",

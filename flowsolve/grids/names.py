@@ -10,6 +10,7 @@ from flowsolve.grids.base import Grid, Spacing
 from flowsolve.grids.explicit import At
 from flowsolve.grids.spacings import Beta, Karras, LogSNR, Polyexponential, Quadratic, Uniform
 from flowsolve.grids.tables import Timesteps
+from flowsolve.grids.warped import Arctan, Logistic
 
 __all__ = ["SPACINGS", "resolve"]
 
@@ -20,6 +21,8 @@ SPACINGS: dict[str, Spacing] = {
     "quadratic": Quadratic(),
     "polyexponential": Polyexponential(),
     "beta": Beta(),
+    "logistic": Logistic(),
+    "arctan": Arctan(),
     "leading": Timesteps("leading"),
     "trailing": Timesteps("trailing"),
     "linspace": Timesteps("linspace"),
