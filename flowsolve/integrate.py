@@ -23,6 +23,8 @@ from flowsolve.passage import Passage
 from flowsolve.planning import estimates, span
 from flowsolve.snapshot import Callback, Snapshot
 from flowsolve.solution import Solution
+from flowsolve.solvers import auto
+from flowsolve.solvers.auto import Auto
 from flowsolve.solvers.base import Solver
 from flowsolve.streaming import Chunk, Job, stream
 
@@ -33,7 +35,7 @@ def sample(
     flow: Flow,
     shape: Sequence[int] | None = None,
     *,
-    solver: Solver,
+    solver: Solver | Auto | str = "auto",
     nfe: int | None = None,
     grid: Any = None,
     chart: str | Chart | None = None,
@@ -61,7 +63,8 @@ def sample(
     Args:
         flow: the flow.
         shape: shape (B, *S) of the noise to start from; or give `start`.
-        solver: a solver of `flowsolve.solvers`.
+        solver: a solver of `flowsolve.solvers`, or "auto" for a choice by path and budget (`flowsolve.solvers.Auto`),
+            which brings its own grid.
         nfe: evaluations to spend, exactly, on a fixed grid; the most a sample may spend with an adaptive solver.
         grid: for fixed-grid solvers: "uniform" (the default), "log_snr", "karras", or another spacing of
             `flowsolve.grids`, by name or itself; or explicit flow times, or values in another coordinate, `grids.At`.
@@ -117,6 +120,7 @@ def sample(
         )
     check_flow(flow, cond)
     kind = named(noise)
+    method, grid = auto.resolve(solver, grid, flow.path, estimates(nfe, flow))
     whose = "the interval"
     if interval is None:
         steps = (estimates(nfe, flow) or 0) - Final.resolve(final).evaluations
@@ -143,7 +147,7 @@ def sample(
             )
         drawn = kind.for_batch(seed, state(start).shape[0], samples)
     return integrate(
-        flow, start, interval, solver=solver, nfe=nfe, grid=grid, chart=chart, final=final, noise=drawn, cond=cond,
+        flow, start, interval, solver=method, nfe=nfe, grid=grid, chart=chart, final=final, noise=drawn, cond=cond,
         batch=batch, progress=progress, throw=throw, grad=grad, gradient=gradient, capture=capture, t_eval=t_eval,
         callback=callback, resume=resume,
     )  # fmt: skip
@@ -153,7 +157,7 @@ def encode(
     flow: Flow,
     x: Tensor,
     *,
-    solver: Solver,
+    solver: Solver | Auto | str = "auto",
     nfe: int | None = None,
     grid: Any = None,
     chart: str | Chart | None = None,
@@ -185,10 +189,11 @@ def encode(
         True
     """
     check_flow(flow, cond)
+    method, grid = auto.resolve(solver, grid, flow.path, estimates(nfe, flow))
     interval = interval or (flow.path.window[1], 0.0)
     check_interval(interval)
     return integrate(
-        flow, x, interval, solver=solver, nfe=nfe, grid=grid, chart=chart, cond=cond, batch=batch, progress=progress,
+        flow, x, interval, solver=method, nfe=nfe, grid=grid, chart=chart, cond=cond, batch=batch, progress=progress,
         throw=throw, grad=grad, gradient=gradient, t_eval=t_eval, callback=callback,
     )  # fmt: skip
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from flowsolve._batch import rows
 from flowsolve.flow import Flow
 from flowsolve.integrate import encode, sample
+from flowsolve.solvers.auto import Auto
 from flowsolve.solvers.base import Solver
 
 __all__ = ["RoundTrip", "round_trip"]
@@ -53,14 +54,19 @@ class RoundTrip:
 
 @torch.no_grad()
 def round_trip(
-    flow: Flow, x: Tensor, *, solver: Solver, cond: Mapping[str, Any] | None = None, **options: Any
+    flow: Flow,
+    x: Tensor,
+    *,
+    solver: Solver | Auto | str = "auto",
+    cond: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> RoundTrip:
     """Carry data to the noise and back by the same solver, and report what was lost.
 
     Args:
         flow: the flow.
         x: data at the end of the network's window, shape (B, *S).
-        solver: a solver that draws no noise.
+        solver: a solver that draws no noise, or "auto".
         cond: passed to the network, both ways.
         **options: nfe, grid, chart, interval, batch and progress, as for `encode`. A grid of explicit times is turned
             for the way back.

@@ -20,6 +20,7 @@ Any other explicit method is a `Tableau` in a subclass of `RungeKutta` or, with 
 from flowsolve.kernels import largest, rms
 from flowsolve.solvers import bridges
 from flowsolve.solvers.adaptive import Adaptive, Bosh3, Dopri5, Dopri8, Status, Tsit5
+from flowsolve.solvers.auto import Auto
 from flowsolve.solvers.base import EstimateSolver, Query, Solver, State
 from flowsolve.solvers.controllers import PI, PID, Controller, I
 from flowsolve.solvers.discrete import DDIM, DDPM, ExactSDE
@@ -45,6 +46,7 @@ __all__ = [
     "SEEDS",
     "Adaptive",
     "Ancestral",
+    "Auto",
     "Bosh3",
     "Churn",
     "Controller",
