@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-collect_ignore = [] if find_spec("triton") else ["flowsolve/kernels/cuda.py"]  # it has nothing to say without Triton
+TRITON = ["flowsolve/kernels/cuda.py", "flowsolve/kernels/philox_cuda.py"]
+collect_ignore = [] if find_spec("triton") else TRITON
 
 
 @pytest.fixture(autouse=True)

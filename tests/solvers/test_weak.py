@@ -106,7 +106,7 @@ GAUSSIAN: list[tuple[Any, float, bool]] = [  # solver, weak order of the varianc
 
 
 @pytest.mark.parametrize("path", [CondOT(), VP(), VE()], ids=lambda p: type(p).__name__)
-@pytest.mark.parametrize(("solver", "order", "sharp"), GAUSSIAN, ids=lambda v: repr(v)[:80])
+@pytest.mark.parametrize(("solver", "order", "sharp"), GAUSSIAN)
 def test_weak_order_for_a_gaussian(path: Path, solver: Any, order: int, sharp: bool) -> None:
     problem = GaussianMixture(torch.tensor([[1.5]], dtype=torch.float64), torch.tensor(0.5, dtype=torch.float64))
     end, steps, errors = problem.marginal(path, path.time(HIGH)), (64, 128), []
@@ -127,7 +127,7 @@ MIXTURE: list[tuple[Any, float]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("solver", "order"), MIXTURE, ids=lambda v: repr(v)[:80])
+@pytest.mark.parametrize(("solver", "order"), MIXTURE)
 def test_weak_order_for_a_mixture(solver: Any, order: int) -> None:
     """Second moment and E cos(1.5 x) at the end."""
     path, steps = VP(), (12, 24, 48)
