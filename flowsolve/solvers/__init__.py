@@ -8,11 +8,22 @@
 | `Bosh3` | 3(2) | 3 | Runge–Kutta, adaptive for each sample, or on a fixed grid |
 | `Dopri5`, `Tsit5` | 5(4) | 6 | the same |
 | `Dopri8` | 8(5, 3) | 12 | the same |
+| `DPMSolver12`, `DPMSolver23` | 2(1), 3(2) | 2, 3 | exponential pairs, adaptive for each sample |
+| `DPMSolverPP`, `DEIS`, `LMS`, `IPNDM` | their `order`, to 4 | 1 | exponential multistep |
+| `UniPC` | `order` + 1, to 4 | 1 | exponential multistep with a corrector |
+| `DPMSolver`, `DPMSolverPPS`, `RES` | their `order`, 2 | their order | exponential single steps |
+| `SDEDPMSolverPP`, `SASolver`, `ERSDE` | weak 2, from order 2 on | 1 | exponential multistep, any η |
+| `SEEDS`, `StochasticHeun` | weak 2, from order 2 on | 1 to 3, 2 | exponential single steps, any η |
 | `DDIM` | 1 | 1 | frozen estimate, η from ODE to DDPM |
 | `DDPM` | weak 1 | 1 | frozen estimate |
 | `ExactSDE` | weak 1 | 1 | frozen estimate, any η |
 | `EulerMaruyama` | weak 1 | 1 | SDE, any η |
+| `Ancestral`, `Churn` | weak, the inner solver's | the inner solver's | noise around the steps of another solver |
 | `bridges.Torchdiffeq`, `bridges.Torchsde` | | | any method of those libraries (`flowsolve.solvers.bridges`) |
+
+Orders are those of a start that costs none (warmup="single"); with the usual ramp a multistep method has order 2 in the
+limit, with a corrector 3. What is measured is in docs/solvers.md. `Multistep` and `SingleStep` have every choice of the
+exponential methods open (`flowsolve.solvers.exponential`).
 
 Any other explicit method is a `Tableau` in a subclass of `RungeKutta` or, with an embedded companion, of `Adaptive`.
 """

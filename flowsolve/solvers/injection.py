@@ -94,7 +94,7 @@ class Ancestral(_Around):
         eta: 0 is the inner solver itself, 1 the reverse-time SDE.
 
     Examples:
-        >>> solver = fs.solvers.injection.Ancestral(fs.solvers.Heun(), eta=0.5)
+        >>> solver = fs.solvers.Ancestral(fs.solvers.Heun(), eta=0.5)
         >>> solver.evaluations, solver.random
         (2, True)
     """
@@ -163,7 +163,7 @@ class Churn(_Around):
         s_noise: standard deviation of the noise added; any other than 1 gives up the marginals.
 
     Examples:
-        >>> solver = fs.solvers.injection.Churn(fs.solvers.Heun(), churn=40.0, s_min=0.05, s_max=50.0, s_noise=1.003)
+        >>> solver = fs.solvers.Churn(fs.solvers.Heun(), churn=40.0, s_min=0.05, s_max=50.0, s_noise=1.003)
         >>> solver.share(256)
         0.15625
     """
