@@ -171,7 +171,9 @@ def test_as_many_seeds_as_samples() -> None:
         Noise.of([1, 2], [4])
 
 
-@pytest.mark.parametrize("solver", [fs.solvers.DDPM(), fs.solvers.Euler(), fs.solvers.Tsit5(1e-4, 1e-4)], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize(
+    "solver", [fs.solvers.DDPM(), fs.solvers.Euler(), fs.solvers.Tsit5(1e-4, 1e-4)], ids=lambda s: type(s).__name__
+)
 @pytest.mark.parametrize("batch", [None, 2])
 def test_sampling_by_seed(solver: Any, batch: int | None) -> None:
     """A sample is its seed: alone, in a batch, cut to pieces, and refilled."""

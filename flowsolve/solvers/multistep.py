@@ -14,8 +14,8 @@ A predictor through k nodes is of order k, with a corrector of k nodes and the e
 one error of size h² (h³ with a corrector) that the first step makes is then what remains in the end: such a solve
 converges with order 2 (3), however many nodes follow, though at few steps the later ones matter more. With
 `warmup="single"` the first order − 1 steps are single steps (`flowsolve.solvers.singlestep`) of order up to 3 with as
-many evaluations, and the order of the method shows, up to 4. **The last steps**: on networks whose field is stiffest at the data
-it can pay to let the order fall again (`cooldown=True`).
+many evaluations, and the order of the method shows, up to 4. **The last steps**: on networks whose field is stiffest at
+the data it can pay to let the order fall again (`cooldown=True`).
 
 `IPNDM` takes the weights of Adams and Bashforth's formulas for equal steps, whatever the steps are: of its order only
 where the grid is uniform in the clock of its form, and often good where it is not.

@@ -15,9 +15,9 @@ the list of stages and nodes, a *scheme*:
 order.
 
 **With noise** the stages lie on one path: the noise of a stage is carried on to the next, decayed, and joined by that
-of the interval between them. The noise is additive and its integrals are exact, so what a scheme of order 2 or more gets
-wrong is of weak order 2 (measured: `benchmarks/results/orders.json`). Heun's, whose second node is the end of the step
-itself, sees all of the noise half of the time and is of strong order 1 too.
+of the interval between them. The noise is additive and its integrals are exact, so what a scheme of order 2 or more
+gets wrong is of weak order 2 (measured: `benchmarks/results/orders.json`). Heun's, whose second node is the end of the
+step itself, sees all of the noise half of the time and is of strong order 1 too.
 
 Where an end of a step has no log-SNR (λ infinite) stages are placed by the straight clock α/(α+σ) instead, and none at
 the end itself.
