@@ -32,7 +32,8 @@ class _Warped:
 
     Attributes:
         since: λ where the second node sits if the first has α = 0; None lets the function place it.
-        until: λ of the last node before the end, where the end lies beyond it; None lets the function place it.
+        until: λ of the last node before the end, where the end lies beyond it; None for the edge of the times that the
+            network knows (a table's entry 0).
     """
 
     since: float | None = None
@@ -42,9 +43,8 @@ class _Warped:
         """The steps + 1 times from start to end."""
         if end < start:
             return self.times(path, end, start, steps)[::-1]
-        first, last = start, end
-        if self.until is not None and steps > 1 and start < path.time(self.until) < end:
-            last = path.time(self.until)
+        edge = path.window[1] if self.until is None else min(path.window[1], path.time(self.until))
+        first, last = start, edge if start < edge < end and steps > 1 else end
         tail = [end] if last < end else []
         if self.since is not None and steps > 1 + len(tail) and path.at(start).alpha == 0.0:
             first = path.time(self.since) if start < path.time(self.since) < last else start

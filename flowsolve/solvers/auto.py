@@ -6,16 +6,16 @@ they are. What they have in common:
 
 * The form is a blend, $\hat z - \kappa\hat\varepsilon$ with κ = 0.3 (0.1 at few evaluations): it measures the state by
   κα + σ, the scale of data of that size and of the noise together, which comes nearest to the exact solution.
-* Predictor and corrector have 2 nodes at few evaluations, 3 at more.
+* Predictor and corrector have 2 nodes at few evaluations, 3 and 4 at more.
 * The grid is dense where noise and data are of one size (`flowsolve.grids.warped`).
 
 | path | evaluations | order, κ, variable | grid |
 |---|---|---|---|
 | α > 0 at the noise | to 7 | 2, 0.1, λ | `Arctan(1, 4)` to λ = 3.8, then the end |
-| | 8 to 13 | 2, 0.1, λ | `Arctan(0, 5)` |
-| | from 14 | 3, 0.3, λ | `Arctan(0, 2.5)` |
-| α = 0 at the noise | to 5 | 2, 0.3, clock | `Logistic(1/e)` |
-| | 6 to 9 | 2, 0.3, clock | `Logistic(1/e)`, λ from −2 to 3 |
+| | 8 to 12 | 2, 0.1, λ | `Arctan(0.5, 5)` |
+| | 13 to 29 | 3, 0.3, λ | `Arctan(1, 4)` |
+| | from 30 | 4, 0.3, λ | `Arctan(1, 4)` |
+| α = 0 at the noise | to 9 | 2, 0.3, λ | `Arctan(1, 1.5)` |
 | | 10 to 15 | 3, 0.3, λ | `Arctan(1, 2.5)`, λ from −3 to 5 |
 | | from 16 | 3, 0.3, clock | `Arctan(0, 2.5)`, λ from −4.4 to 6.2 |
 
@@ -29,7 +29,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from flowsolve.grids import Arctan, Logistic, Spacing
+from flowsolve.grids import Arctan, Spacing
 from flowsolve.paths import Path
 from flowsolve.solvers.adaptive import Tsit5
 from flowsolve.solvers.base import Solver
@@ -41,12 +41,12 @@ __all__ = ["Auto"]
 KAPPA = 0.3
 FINITE: tuple[tuple[float, Solver, Spacing], ...] = (
     (7, Multistep(2, 0.1, 2, rule="bh2"), Arctan(center=1.0, width=4.0, until=3.8)),
-    (13, Multistep(2, 0.1, 2, rule="bh2"), Arctan(center=0.0, width=5.0)),
-    (math.inf, Multistep(3, KAPPA, 3), Arctan(center=0.0, width=2.5)),
+    (12, Multistep(2, 0.1, 2, rule="bh2"), Arctan(center=0.5, width=5.0)),
+    (29, Multistep(3, KAPPA, 3), Arctan(center=1.0, width=4.0)),
+    (math.inf, Multistep(4, KAPPA, 4), Arctan(center=1.0, width=4.0)),
 )
 OPEN: tuple[tuple[float, Solver, Spacing], ...] = (
-    (5, Multistep(2, KAPPA, 2, variable="clock"), Logistic(kappa=math.exp(-1.0))),
-    (9, Multistep(2, KAPPA, 2, variable="clock"), Logistic(kappa=math.exp(-1.0), since=-2.0, until=3.0)),
+    (9, Multistep(2, KAPPA, 2), Arctan(center=1.0, width=1.5)),
     (15, Multistep(3, KAPPA, 3), Arctan(center=1.0, width=2.5, since=-3.0, until=5.0)),
     (math.inf, Multistep(3, KAPPA, 3, variable="clock"), Arctan(center=0.0, width=2.5, since=-4.4, until=6.2)),
 )

@@ -48,9 +48,6 @@ def test_warped_grids_run_from_end_to_end(sections, path):
             assert (times[0], times[-1]) == (0.0, 1.0)
             assert all(a < b for a, b in pairwise(times)), choice.name
             assert times[-2] <= path.window[1]
-    shifted = choices.Blend(kappa=0.5).times(fs.paths.CondOT(), 0.0, 1.0, 8)
-    uniform = [t / (0.5 * t + 1.0 - t) for t in shifted]
-    assert uniform == pytest.approx([i / 4 for i in range(9)])  # s runs from 0 to 1/κ
 
 
 def test_auto_spends_its_budget(sections):
