@@ -82,14 +82,8 @@ class Auto:
 
 
 def resolve(solver: Any, grid: Any, path: Path, nfe: int | None) -> tuple[Any, Any]:
-    """A solver and a grid as given, or as chosen where the solver is "auto" or an `Auto`.
-
-    Raises:
-        ValueError: another string.
-    """
-    if isinstance(solver, str):
-        if solver != "auto":
-            raise ValueError(f"solver = {solver!r}; expected 'auto' or a solver such as flowsolve.solvers.Dopri5()")
+    """A solver and a grid as given, or as chosen where the solver is "auto" or an `Auto`."""
+    if solver == "auto":
         solver = Auto()
     if not isinstance(solver, Auto):
         return solver, grid

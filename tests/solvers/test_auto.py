@@ -69,7 +69,7 @@ def test_a_noise_level_chooses_a_stochastic_solver() -> None:
 
 
 def test_another_name_is_refused() -> None:
-    with pytest.raises(ValueError, match="expected 'auto'"):
+    with pytest.raises(TypeError, match="or 'auto'"):
         fs.sample(problem().flow(CondOT()), shape=(4, 2), solver="dopri5")
     with pytest.raises(ValueError, match="eta = -1"):
         Auto(eta=-1.0)
