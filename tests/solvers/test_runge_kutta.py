@@ -403,8 +403,8 @@ def test_explicit_times_start_and_end_where_the_interval_does() -> None:
 def test_intervals_and_starts_that_make_no_sense() -> None:
     for interval in ((0.5, 0.5), (-0.1, 1.0), (0.0, 1.1), (0.0, math.nan)):
         refuse(ValueError, "interval", interval=interval)
-    refuse(ValueError, "either shape", start=None)
-    refuse(ValueError, "either shape", shape=(3, 2))
+    refuse(ValueError, "give one of shape", start=None)
+    refuse(ValueError, "give one of shape", shape=(3, 2))
     refuse(ValueError, "give start= a state at that time", start=None, shape=(3, 2), interval=(0.5, 1.0))
     refuse(TypeError, "floating-point", start=torch.zeros(3, 2, dtype=torch.int64))
     refuse(ValueError, "samples lists 2", samples=[0, 1])
