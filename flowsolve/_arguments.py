@@ -53,7 +53,7 @@ def check_solver(solver: Any) -> None:
     if isinstance(solver, type):
         raise TypeError(f"solver is the class {solver.__name__}; pass an instance, {solver.__name__}()")
     if not isinstance(solver, Solver):
-        raise TypeError(f"solver is {solver!r}; expected a solver such as flowsolve.solvers.Dopri5(), or 'auto'")
+        raise TypeError(f"solver is {solver!r}; expected a solver such as flowsolve.solvers.Dopri5()")
 
 
 def check_interval(interval: tuple[float, float]) -> None:

@@ -24,7 +24,10 @@ from flowsolve.grids import Final
 from flowsolve.likelihood.log_prob import LogProb, Reading
 from flowsolve.noise import START, Seed
 from flowsolve.passage import Passage
+from flowsolve.planning import estimates
 from flowsolve.solution import Solution
+from flowsolve.solvers import auto
+from flowsolve.solvers.auto import Auto
 from flowsolve.solvers.base import Solver
 from flowsolve.streaming import Chunk, numbered, stream
 
@@ -35,7 +38,7 @@ def sample(
     flow: Flow,
     shape: Sequence[int],
     *,
-    solver: Solver,
+    solver: Solver | Auto | str = "auto",
     batch: int,
     nfe: int | None = None,
     grid: Any = None,
@@ -65,8 +68,9 @@ def sample(
     total, *event = shape_of(shape)
     check_interval((0.0, interval_end))
     whole = named(noise).for_batch(seed, total)
+    method, grid = auto.resolve(solver, grid, flow.path, estimates(nfe, flow))
     passage = Passage(
-        flow, (0.0, interval_end), solver=solver, nfe=nfe, grid=grid, chart=chart, final=final, seed=whole.seed,
+        flow, (0.0, interval_end), solver=method, nfe=nfe, grid=grid, chart=chart, final=final, seed=whole.seed,
         noise=type(whole), shared=cond,
     )  # fmt: skip
     place = device or device_of(flow.net)
@@ -84,7 +88,7 @@ def encode(
     flow: Flow,
     source: Iterable[Any],
     *,
-    solver: Solver,
+    solver: Solver | Auto | str = "auto",
     batch: int,
     nfe: int | None = None,
     grid: Any = None,
@@ -116,7 +120,8 @@ def encode(
     check_flow(flow, cond)
     interval = interval or (flow.path.window[1], 0.0)
     check_interval(interval)
-    passage = Passage(flow, interval, solver=solver, nfe=nfe, grid=grid, chart=chart, shared=cond)
+    method, grid = auto.resolve(solver, grid, flow.path, estimates(nfe, flow))
+    passage = Passage(flow, interval, solver=method, nfe=nfe, grid=grid, chart=chart, shared=cond)
     return _quiet(stream(passage, numbered(source), batch, progress=progress, total=total))
 
 

@@ -266,11 +266,24 @@ class Adaptive(RungeKutta):
         slopes.append(state.slope)
         ahead = yield from ask_stages(pair, Nodes(nodes), h, slopes, 1)
         error = self._error(ahead, h, slopes) if errors is None else errors
+        return self._judged(state, s_end, h, s_next, slopes, ahead, error)
+
+    def _judged(
+        self,
+        state: AdaptiveState,
+        s_end: float,
+        h: Vector,
+        s_next: Vector,
+        slopes: Slopes,
+        ahead: Tensor,
+        error: Vector,
+    ) -> Attempt:
+        """What becomes of an attempt whose last slope is the one at its end."""
         accepted, passed, ended, real, counts = judge(error, state.real, state.counts, h, s_next, s_end, self.law)
         y = slopes.merge(accepted, passed, ahead, state.y)
         slope = slopes.merge(accepted, passed, slopes[-1], state.slope)
-        new = AdaptiveState(y, slope, real, counts)
-        return Attempt(new, Stride(pair, state.y, slopes.tensors, ahead, state.s, s_next, h), accepted, ended, error)
+        stride = Stride(self.pair, state.y, slopes.tensors, ahead, state.s, s_next, h)
+        return Attempt(AdaptiveState(y, slope, real, counts), stride, accepted, ended, error)
 
     @cached_property
     def law(self) -> Vector:

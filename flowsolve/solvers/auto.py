@@ -82,8 +82,14 @@ class Auto:
 
 
 def resolve(solver: Any, grid: Any, path: Path, nfe: int | None) -> tuple[Any, Any]:
-    """A solver and a grid as given, or as chosen where the solver is "auto" or an `Auto`."""
-    if solver == "auto":
+    """A solver and a grid as given, or as chosen where the solver is "auto" or an `Auto`.
+
+    Raises:
+        TypeError: another string.
+    """
+    if isinstance(solver, str):
+        if solver != "auto":
+            raise TypeError(f"solver is {solver!r}; expected a solver such as flowsolve.solvers.Dopri5(), or 'auto'")
         solver = Auto()
     if not isinstance(solver, Auto):
         return solver, grid

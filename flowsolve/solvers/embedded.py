@@ -28,10 +28,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flowsolve.kernels import Slopes, aim, judge
+from flowsolve.kernels import Slopes, aim, host
 from flowsolve.solvers.adaptive import Adaptive, AdaptiveState, Attempt
 from flowsolve.solvers.base import Nodes, Query
-from flowsolve.solvers.runge_kutta import Stride
 from flowsolve.solvers.tableaus import Tableau
 
 __all__ = ["DPMSolver12", "DPMSolver23"]
@@ -103,13 +102,9 @@ class _ExponentialPair(Adaptive):
         error = errors
         if error is None:
             norm = slopes.error_norm(h, stages, estimate, ahead, self.atol, self.rtol, self.norm)
-            error = norm.detach().cpu().double().numpy()
+            error = host(norm)
         slopes.append((yield Query(ahead, None, nodes, count)))
-        accepted, passed, ended, real, counts = judge(error, state.real, state.counts, h, s_next, s_end, self.law)
-        y = slopes.merge(accepted, passed, ahead, state.y)
-        slope = slopes.merge(accepted, passed, slopes[-1], state.slope)
-        stride = Stride(self.pair, state.y, slopes.tensors, ahead, s, s_next, h)
-        return Attempt(AdaptiveState(y, slope, real, counts), stride, accepted, ended, error)
+        return self._judged(state, s_end, h, s_next, slopes, ahead, error)
 
 
 @dataclass(frozen=True)

@@ -249,7 +249,8 @@ class SDEDPMSolverPP(Multistep):
 class SASolver(Multistep):
     """SA-Solver (Xue et al. 2023): stochastic Adams, predictor and corrector, of noise level τ where σ/α is in bounds.
 
-    The paper's corrector order is one more than `corrector`, which does not count the end of the step.
+    The paper's corrector order is one more than `corrector`, which does not count the end of the step; `rule` "bh1" is
+    its code's.
 
     Attributes:
         tau: η within the bounds; 0 outside.

@@ -73,3 +73,12 @@ def test_another_name_is_refused() -> None:
         fs.sample(problem().flow(CondOT()), shape=(4, 2), solver="dopri5")
     with pytest.raises(ValueError, match="eta = -1"):
         Auto(eta=-1.0)
+
+
+def test_streams_take_it_too() -> None:
+    flow = problem().flow(CondOT())
+    whole = fs.sample(flow, shape=(5, 2), nfe=8, seed=3)
+    parts = list(fs.batching.sample(flow, (5, 2), solver="auto", batch=2, nfe=8, seed=3))
+    torch.testing.assert_close(torch.cat([p.x for p in parts]), whole.x)
+    back = list(fs.batching.encode(flow, [whole.x], batch=5, nfe=8))
+    torch.testing.assert_close(back[0].x, fs.encode(flow, whole.x, nfe=8).x)

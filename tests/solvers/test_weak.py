@@ -29,6 +29,7 @@ from flowsolve.solvers import (
     ERSDE,
     SEEDS,
     DPMSolverPPS,
+    Multistep,
     SASolver,
     SDEDPMSolverPP,
     State,
@@ -91,6 +92,7 @@ GAUSSIAN: list[tuple[Any, float, bool]] = [  # solver, weak order of the varianc
     (SASolver(2, corrector=1), 2, False),
     (SASolver(3, corrector=3), 2, False),
     (SASolver(2, corrector=0), 2, True),
+    (Multistep(2, "data", 1, eta=1.0), 2, False),  # what Auto(eta=1.0) chooses
     (ERSDE(1), 1, True),
     (ERSDE(2), 2, False),
     (ERSDE(3), 2, False),
