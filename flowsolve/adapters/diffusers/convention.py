@@ -43,7 +43,7 @@ from flowsolve.flow import Flow
 from flowsolve.paths import CondOT, Discrete
 from flowsolve.predictions import Prediction, Row
 
-__all__ = ["FLOW", "alphas_cumprod", "as_flow", "load", "save"]
+__all__ = ["FLOW", "TABLE_SCHEDULERS", "alphas_cumprod", "as_flow", "load", "save"]
 
 FLOW = Prediction("flow", lambda p: Row(-p.alpha_dot, -p.sigma_dot))
 """ε − z on the straight path: the velocity towards the noise, as diffusers' flow models predict it."""
