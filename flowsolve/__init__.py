@@ -1,11 +1,23 @@
 """Numerical ODE and SDE solvers for generative flows."""
 
-from flowsolve import adapters, batching, charts, grids, kernels, paths, predictions, problems, solvers, training
+from flowsolve import (
+    adapters,
+    batching,
+    charts,
+    grids,
+    kernels,
+    likelihood,
+    paths,
+    predictions,
+    problems,
+    solvers,
+    training,
+)
 from flowsolve._version import __version__
 from flowsolve.flow import Flow
 from flowsolve.integrate import encode, sample
 from flowsolve.inversion import RoundTrip, round_trip
-from flowsolve.likelihood import bits_per_dim, log_prob
+from flowsolve.likelihood import bits_per_dim, log_prob, sample_log_prob
 from flowsolve.ode import solve
 from flowsolve.predictions import Estimate, Prediction, Row
 from flowsolve.snapshot import Snapshot
@@ -30,12 +42,14 @@ __all__ = [
     "encode",
     "grids",
     "kernels",
+    "likelihood",
     "log_prob",
     "paths",
     "predictions",
     "problems",
     "round_trip",
     "sample",
+    "sample_log_prob",
     "solve",
     "solvers",
     "training",

@@ -10,18 +10,19 @@ A failed sample says so in the status of its result; nothing is raised on the wa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from flowsolve._arguments import check_flow, check_interval, device_of, shape_of, state
 from flowsolve.brownian import named
 from flowsolve.charts import Chart
 from flowsolve.flow import Flow
 from flowsolve.grids import Final
-from flowsolve.likelihood.log_prob import LogProb, Reading
+from flowsolve.likelihood.log_prob import LogProb, reading
+from flowsolve.likelihood.prior import Prior
+from flowsolve.likelihood.trace import Trace
 from flowsolve.noise import START, Seed
 from flowsolve.passage import Passage
 from flowsolve.planning import estimates
@@ -129,16 +130,18 @@ def log_prob(
     flow: Flow,
     source: Iterable[Any],
     *,
-    solver: Solver,
+    solver: Solver | str = "auto",
     batch: int,
-    trace: str = "hutchinson",
-    probes: int = 1,
+    trace: str | Trace = "hutchinson",
+    probes: int | None = None,
     seed: int = 0,
     nfe: int | None = None,
     grid: Any = None,
     chart: str | Chart | None = None,
     interval: tuple[float, float] | None = None,
-    prior: Callable[[Tensor], Tensor] | None = None,
+    prior: Prior = None,
+    repeats: int | None = None,
+    tolerance: float | None = None,
     cond: Mapping[str, Any] | None = None,
     progress: bool = False,
     total: int | None = None,
@@ -157,11 +160,11 @@ def log_prob(
         A `LogProb` for each tensor.
     """
     check_flow(flow, cond)
-    reading = Reading(
-        flow, interval, solver=solver, trace=trace, probes=probes, seed=seed, nfe=nfe, grid=grid, chart=chart,
-        prior=prior, shared=cond,
+    job = reading(
+        flow, interval or (flow.path.window[1], 0.0), solver=solver, trace=trace, probes=probes, seed=seed, nfe=nfe,
+        grid=grid, chart=chart, prior=prior, repeats=repeats, tolerance=tolerance, shared=cond,
     )  # fmt: skip
-    return _quiet(stream(reading, numbered(source), batch, progress=progress, total=total))
+    return _quiet(stream(job, numbered(source), batch, progress=progress, total=total))
 
 
 def _quiet(results: Iterator[Any]) -> Iterator[Any]:

@@ -1,6 +1,10 @@
-"""Likelihood: log-densities by the instantaneous change of variables, and bits per dimension of integer images."""
+"""Likelihood: log-densities of a flow, along a curve or by an ODE, and bits per dimension of integer images."""
 
 from flowsolve.likelihood.bits import BitsPerDim, bits_per_dim
-from flowsolve.likelihood.log_prob import LogProb, log_prob
+from flowsolve.likelihood.log_prob import LogProb, log_prob, sample_log_prob
+from flowsolve.likelihood.trace import Exact, Hutchinson, HutchPP, Trace, XTrace
 
-__all__ = ["BitsPerDim", "LogProb", "bits_per_dim", "log_prob"]
+__all__ = [
+    "BitsPerDim", "Exact", "HutchPP", "Hutchinson", "LogProb", "Trace", "XTrace", "bits_per_dim", "log_prob",
+    "sample_log_prob",
+]  # fmt: skip

@@ -1,66 +1,239 @@
-r"""Traces of a network's Jacobian, from the graph of the very call that gave its value.
+r"""Traces of a network's Jacobian, from the very call that gives its value.
 
-For the output $o(x)$ of one forward pass, a vector–Jacobian product $v^\top \partial o/\partial x$ costs one backward
-pass over the same graph. From these:
+One pass of the network linearises its output $o(x)$, and from then on products with the Jacobian $J = \partial o/\partial
+x$ are to be had: $v^\top J$ by reverse mode, one backward pass over the same graph, or $J v$ by forward mode, in which
+the pass carries a tangent along. Either serves a trace, since $\operatorname{tr} J = \operatorname{tr} J^\top$.
 
-* **exact**: $\operatorname{tr} J = \sum_i e_i^\top J e_i$, one product for each of the D numbers of a sample;
-* **Hutchinson** (1990): $\operatorname{tr} J = \mathbb E\, v^\top J v$ for random signs $v$. Its variance,
-  $2\,(\|A\|_F^2 - \sum_i A_{ii}^2)$ with $A$ the symmetric part of $J$, is the least among independent probes; the
-  diagonal, and with it every multiple of the identity, is exact.
+| `trace=` | products an evaluation | the estimate |
+|---|---|---|
+| `exact` | D | $\sum_i e_i^\top J e_i$ |
+| `hutchinson` | m | $v^\top J v$, the mean over m probes $v$ |
+| `hutch++` | m | $\operatorname{tr} Q^\top J Q$ for the range $Q$ of $JS$, and Hutchinson's for what is left |
+| `xtrace` | m | the same, with each probe tested against the range of the others |
 
-The probes of a sample are fixed for a whole solve, so that the integrand stays a smooth function of time.
+**Hutchinson** (1990) with random signs has the variance $2\,(\|A\|_F^2 - \sum_i A_{ii}^2)$, $A$ the symmetric part of
+$J$: the least among independent probes. The diagonal, and with it every multiple of the identity, is exact, so the
+prediction that a network was trained on makes no difference. Gaussian probes have $2\|A\|_F^2$.
+
+**Hutch++** (Meyer et al. 2021) takes the trace on the m/3 directions that J stretches most exactly. With
+$P = QQ^\top$ the rest is $g^\top(I-P)J(I-P)g$ for m/3 further probes g.
+
+**XTrace** (Epperly, Tropp & Webber 2024) uses m/2 probes $\Omega$ for both. Let $J\Omega = QR$, $Z = JQ$, $H = Q^\top Z$,
+$W = Q^\top\Omega$, and let $s_i$ be the unit vector orthogonal to all columns of $R$ but the i-th, so that
+$Q(I - s_i s_i^\top)Q^\top$ projects on the range without probe i. With $x_i = w_i - s_i s_i^\top w_i$ the i-th estimate is
+
+$$ \operatorname{tr} H - s_i^\top H s_i + (w_i - x_i)^\top r_i - \omega_i^\top Z x_i + x_i^\top H x_i , $$
+
+unbiased, because probe i is independent of the range it is tested against.
+
+The probes of a sample are fixed for a whole solve, so that the integrand stays a smooth function of time. All estimates
+are returned side by side, one a column: what is linear in the trace can be computed for each, and their spread is its
+standard error.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flowsolve._batch import rows
+from flowsolve._batch import per_sample
+from flowsolve.flow import Flow
 from flowsolve.noise import PROBE, Noise
+from flowsolve.paths import Point
+from flowsolve.predictions import Estimate
 
-__all__ = ["Exact", "Hutchinson", "Trace", "resolve"]
+__all__ = ["Exact", "HutchPP", "Hutchinson", "Trace", "XTrace", "estimated", "of_noise", "resolve"]
+
+KINDS = ("rademacher", "gaussian")
+MODES = ("auto", "reverse", "forward")
+AT_ONCE = 64
+"""The most products in one batched pass, whose intermediate values take as many times the memory of one."""
+
+Function = Callable[[Tensor], Tensor]
+Product = Callable[[Tensor], Tensor]
+"""From vectors (K, B, *S) to their products with each sample's Jacobian, or its transpose, in the same shape."""
 
 
+@dataclass(frozen=True)
 class Trace:
-    """An estimator of tr ∂o/∂x for each sample; `count` estimates of it at once."""
+    """An estimator of tr ∂o/∂x for each sample.
 
-    count: int
+    Attributes:
+        probes: products with the Jacobian an evaluation.
+        kind: of the random vectors: "rademacher" (signs) or "gaussian".
+        shared: the same vectors for all samples: their estimates then err alike, which helps where two are compared
+            and hurts where many are averaged.
+        mode: how products are made: "reverse", "forward", or "auto": reverse, and forward for a network whose graph
+            autograd does not see. Forward mode stores no graph, but repeats the pass for every product.
+    """
+
+    probes: int = 1
+    kind: str = "rademacher"
+    shared: bool = False
+    mode: str = "auto"
+    _learnt: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    group: ClassVar[int] = 1
+    """Products behind each column of the estimate."""
+
+    def __post_init__(self) -> None:
+        for name, value, choices in (("kind", self.kind, KINDS), ("mode", self.mode, MODES)):
+            if value not in choices:
+                raise ValueError(f"{name} = {value!r}; expected one of {', '.join(map(repr, choices))}")
+        least = self.group if self.group == 1 else 2 * self.group
+        whole = isinstance(self.probes, int) and not isinstance(self.probes, bool)
+        if not whole or self.probes < least or self.probes % self.group:
+            multiple = "" if self.group == 1 else f" and a multiple of {self.group}"
+            raise ValueError(f"probes = {self.probes!r}; expected an integer >= {least}{multiple}")
+
+    @property
+    def count(self) -> int:
+        """Estimates of the trace at once."""
+        return self.probes // self.group
 
     def draw(self, x: Tensor, noise: Noise) -> Tensor | None:
-        """The probes of the samples of x, (B, count, *S); None if it needs none."""
-        raise NotImplementedError
+        """The probes of the samples of x, (B, K, *S); None if it needs none."""
+        if self.shared:
+            noise = type(noise)(noise.seed, torch.zeros_like(noise.samples))
+        make = noise.rademacher if self.kind == "rademacher" else noise.normal
+        return torch.stack([make(PROBE, k, x) for k in range(self._drawn(x))], 1)
 
-    def __call__(self, output: Tensor, x: Tensor, probes: Tensor | None, graph: bool) -> Tensor:
-        """(B, count) estimates from an output's graph and the samples' probes; graph keeps derivatives."""
+    def _drawn(self, x: Tensor) -> int:
+        """How many vectors a sample has."""
+        return self.probes
+
+    def __call__(
+        self, function: Function, x: Tensor, probes: Tensor | None, graph: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The output o(x) of shape (B, *S) by one call, and (B, count) estimates of its trace.
+
+        Args:
+            function: from x to the output.
+            x: shape (B, *S).
+            probes: what `draw` gave.
+            graph: keep derivatives of both.
+        """
+        output, product = self._linearised(function, x, None if probes is None else probes[:, 0], graph)
+        found = self._estimate(product, x, probes)
+        return (output, found) if graph else (output.detach(), found.detach())
+
+    def _estimate(self, product: Product, x: Tensor, probes: Tensor | None) -> Tensor:
         raise NotImplementedError
 
     def stderr(self, totals: Tensor) -> Tensor:
         """Standard error of the mean of (B, count) estimates: NaN for a single one, which cannot tell."""
-        if self.count == 1:
+        if totals.shape[1] == 1:
             return torch.full_like(totals[:, 0], math.nan)
-        return totals.std(1) / math.sqrt(self.count)
+        return totals.std(1) / math.sqrt(totals.shape[1])
+
+    def _linearised(self, function: Function, x: Tensor, first: Tensor | None, graph: bool) -> tuple[Tensor, Product]:
+        """One call of the network, and products with its Jacobian, the first of them with `first`."""
+        mode = self._learnt.get("mode", self.mode)
+        if mode != "forward":
+            with torch.enable_grad():
+                inner = x if graph and x.requires_grad else x.detach().requires_grad_()
+                output = function(inner)
+            if output.requires_grad:
+                return output, _Reverse(output, inner, graph, self._learnt)
+            if mode == "reverse" or graph:
+                raise ValueError(_invisible(""))
+        if graph:
+            raise ValueError("mode='forward' keeps no derivatives of the trace; use mode='reverse' beside grad=True")
+        made = _Forward(function, x.detach(), first)
+        self._learnt["mode"] = "forward"
+        return made.output, made
 
 
+class _Reverse:
+    """vᵀJ, by backward passes over a graph; several at once where the network's operations can be batched."""
+
+    def __init__(self, output: Tensor, x: Tensor, graph: bool, learnt: dict[str, Any]) -> None:
+        self.output, self.x, self.graph, self.learnt = output, x, graph, learnt
+
+    def __call__(self, vectors: Tensor) -> Tensor:
+        if len(vectors) > 1 and self.learnt.get("batched", True):
+            try:
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message=".*performance drop.*")
+                    parts = [self._pull(part, True) for part in vectors.split(AT_ONCE)]
+                self.learnt["batched"] = True
+                return torch.cat(parts)
+            except (RuntimeError, NotImplementedError) as error:
+                if "batched" in self.learnt or isinstance(error, torch.OutOfMemoryError):
+                    raise
+                self.learnt["batched"] = False
+        return torch.stack([self._pull(v, False) for v in vectors])
+
+    def _pull(self, vectors: Tensor, batched: bool) -> Tensor:
+        (found,) = torch.autograd.grad(
+            self.output, self.x, vectors, retain_graph=True, create_graph=self.graph, allow_unused=True,
+            is_grads_batched=batched,
+        )  # fmt: skip
+        if found is None:
+            raise ValueError(_invisible(""))
+        return found
+
+
+class _Forward:
+    """J v, by passes that carry a tangent; the first of them gives the output too."""
+
+    def __init__(self, function: Function, x: Tensor, first: Tensor | None) -> None:
+        self.function, self.x, self.first = function, x, None
+        if first is None:
+            with torch.no_grad():
+                self.output = function(x)
+        else:
+            self.output, self.first = self._push(first)
+
+    def __call__(self, vectors: Tensor) -> Tensor:
+        ready, self.first = ([] if self.first is None else [self.first]), None
+        return torch.stack([*ready, *(self._push(v)[1] for v in vectors[len(ready) :])])
+
+    def _push(self, vector: Tensor) -> tuple[Tensor, Tensor]:
+        # The fused kernels of attention have no forward mode; the plain one has.
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+            output, tangent = forward_ad.unpack_dual(self.function(forward_ad.make_dual(self.x, vector)))
+        if tangent is None:
+            raise ValueError(_invisible(", in reverse or in forward mode"))
+        return output, tangent
+
+
+def _invisible(how: str) -> str:
+    return (
+        f"the network's output does not depend on x for autograd{how}, so its divergence cannot be read; remove "
+        "no_grad, inference_mode, detach or NumPy from the network's forward pass"
+    )
+
+
+@dataclass(frozen=True)
 class Exact(Trace):
     """The sum of the diagonal, by one product for each of the D numbers of a sample."""
 
-    count = 1
+    @property
+    def count(self) -> int:
+        """One."""
+        return 1
 
     def draw(self, x: Tensor, noise: Noise) -> Tensor | None:
         """Nothing."""
         return None
 
-    def __call__(self, output: Tensor, x: Tensor, probes: Tensor | None, graph: bool) -> Tensor:
-        """The trace, (B, 1)."""
-        total = x.new_zeros(x.shape[0])
-        for i in range(math.prod(x.shape[1:])):
-            vector = x.new_zeros(x.shape)  # contiguous whatever x is, so that its rows are a view
-            rows(vector)[:, i] = 1.0
-            total = total + rows(_product(output, x, vector, graph))[:, i]
+    def _estimate(self, product: Product, x: Tensor, probes: Tensor | None) -> Tensor:
+        size, total = math.prod(x.shape[1:]), x.new_zeros(x.shape[0])
+        for first in range(0, size, AT_ONCE):
+            some = torch.arange(first, min(size, first + AT_ONCE), device=x.device)
+            basis = x.new_zeros(len(some), *x.shape)  # contiguous whatever x is, so that its rows are a view
+            basis.flatten(2)[torch.arange(len(some), device=x.device), :, some] = 1.0
+            found = product(basis).flatten(2)
+            total = total + found[torch.arange(len(some), device=x.device), :, some].sum(0)
         return total.unsqueeze(1)
 
     def stderr(self, totals: Tensor) -> Tensor:
@@ -70,44 +243,111 @@ class Exact(Trace):
 
 @dataclass(frozen=True)
 class Hutchinson(Trace):
-    """vᵀJv for fixed probes.
+    """vᵀJv for fixed probes, one estimate a probe."""
 
-    Attributes:
-        count: the number of probes a sample has.
+    def _estimate(self, product: Product, x: Tensor, probes: Tensor | None) -> Tensor:
+        vectors = _given(probes)
+        return (vectors * product(vectors)).flatten(2).sum(2).T
+
+
+@dataclass(frozen=True)
+class HutchPP(Trace):
+    """Hutch++: exact on the range of m/3 products, Hutchinson's on the rest; m/3 estimates of m = `probes`."""
+
+    probes: int = 6
+    group: ClassVar[int] = 3
+
+    def _drawn(self, x: Tensor) -> int:
+        return 2 * self.count
+
+    def _estimate(self, product: Product, x: Tensor, probes: Tensor | None) -> Tensor:
+        sketch, tests = _given(probes).split(self.count)
+        basis = torch.linalg.qr(_columns(product(sketch)))[0]
+        g = _columns(tests)
+        g = g - basis @ (basis.mT @ g)
+        vectors = torch.cat((basis, g), 2)
+        found = _columns(product(_vectors(vectors, x)))
+        each = (vectors * found).sum(1)
+        inside = each[:, : basis.shape[2]].sum(1, keepdim=True)
+        return inside + each[:, basis.shape[2] :]
+
+
+@dataclass(frozen=True)
+class XTrace(Trace):
+    """XTrace: m/2 exchangeable estimates of m = `probes` products."""
+
+    probes: int = 6
+    group: ClassVar[int] = 2
+
+    def _drawn(self, x: Tensor) -> int:
+        return self.count
+
+    def _estimate(self, product: Product, x: Tensor, probes: Tensor | None) -> Tensor:
+        omega = _columns(_given(probes))
+        if omega.shape[2] > omega.shape[1]:
+            raise ValueError(f"xtrace with {self.probes} products on {omega.shape[1]} numbers; use trace='exact'")
+        q, r = torch.linalg.qr(_columns(product(_vectors(omega, x))))
+        z = _columns(product(_vectors(q, x)))
+        h, w = q.mT @ z, q.mT @ omega
+        away = torch.linalg.inv(r).mT  # column i is orthogonal to all columns of r but the i-th
+        s = away / away.norm(dim=1, keepdim=True)
+        inner = w - s * (s * w).sum(1, keepdim=True)
+
+        def form(a: Tensor, b: Tensor) -> Tensor:
+            return (a * b).sum(1)
+
+        inside = h.diagonal(dim1=1, dim2=2).sum(1, keepdim=True) - form(s, h @ s)
+        return inside + form(w - inner, r) - form(omega, z @ inner) + form(inner, h @ inner)
+
+
+def _given(probes: Tensor | None) -> Tensor:
+    """The vectors as (K, B, *S)."""
+    if probes is None:
+        raise ValueError("the estimator needs the probes that draw gives")
+    return probes.transpose(0, 1)
+
+
+def _columns(vectors: Tensor) -> Tensor:
+    """Vectors (K, B, *S) as the columns of matrices (B, D, K)."""
+    return vectors.flatten(2).permute(1, 2, 0)
+
+
+def _vectors(columns: Tensor, x: Tensor) -> Tensor:
+    """The columns of matrices (B, D, K) as vectors (K, B, *S)."""
+    return columns.permute(2, 0, 1).reshape(-1, *x.shape)
+
+
+NAMES: dict[str, type[Trace]] = {"exact": Exact, "hutchinson": Hutchinson, "hutch++": HutchPP, "xtrace": XTrace}
+
+
+def resolve(trace: str | Trace, probes: int | None = None) -> Trace:
+    """The estimator of a name, with so many products, or one given."""
+    if isinstance(trace, Trace):
+        if probes not in (None, trace.probes):
+            raise TypeError(f"probes = {probes!r} beside {trace!r}, which has its own; give one of them")
+        return trace
+    if trace not in NAMES:
+        raise ValueError(f"trace = {trace!r} is not known; expected one of {', '.join(map(repr, NAMES))}, or a Trace")
+    kind = NAMES[trace]
+    return kind() if probes is None or kind is Exact else kind(probes)
+
+
+def estimated(
+    flow: Flow, trace: Trace, x: Tensor, t: Any, point: Point, tree: Any, graph: bool
+) -> tuple[Estimate, Tensor]:
+    """The estimate at (x, t), and (B, count) estimates of the trace of the output's Jacobian, by one network call.
+
+    Args:
+        tree: a context with the conditioning "cond" and the "probes".
+        graph: keep derivatives.
     """
-
-    count: int = 1
-
-    def draw(self, x: Tensor, noise: Noise) -> Tensor | None:
-        """Random signs."""
-        return torch.stack([noise.rademacher(PROBE, k, x) for k in range(self.count)], 1)
-
-    def __call__(self, output: Tensor, x: Tensor, probes: Tensor | None, graph: bool) -> Tensor:
-        """One estimate a probe, (B, count)."""
-        if probes is None:
-            raise ValueError("Hutchinson's estimator needs probes")
-        return torch.stack([rows(v * _product(output, x, v, graph)).sum(1) for v in probes.unbind(1)], 1)
+    output, found = trace(lambda v: flow.call(v, t, **tree["cond"]), x, tree["probes"], graph)
+    return flow.read(x, output, point), found
 
 
-def _product(output: Tensor, x: Tensor, vector: Tensor, graph: bool) -> Tensor:
-    """vᵀ ∂o/∂x, one backward pass. (Products batched by vmap fail on ordinary convolutional networks.)"""
-    product = None
-    if output.requires_grad:
-        (product,) = torch.autograd.grad(output, x, vector, retain_graph=True, create_graph=graph, allow_unused=True)
-    if product is None:
-        raise ValueError(
-            "the network's output does not depend on x for autograd, so its divergence cannot be read; remove "
-            "no_grad, inference_mode, detach or NumPy from the network's forward pass"
-        )
-    return product
-
-
-def resolve(trace: str, probes: int) -> Trace:
-    """The estimator of a name."""
-    if trace == "exact":
-        return Exact()
-    if trace != "hutchinson":
-        raise ValueError(f"trace = {trace!r} is not known; expected 'hutchinson' or 'exact'")
-    if isinstance(probes, bool) or not isinstance(probes, int) or probes < 1:
-        raise ValueError(f"probes = {probes!r}; expected an integer >= 1")
-    return Hutchinson(probes)
+def of_noise(estimate: Estimate, trace: Tensor) -> Tensor:
+    """T = σ tr ∂ε̂/∂x, (B, count), from the traces of the output's Jacobian."""
+    k_x, k_o = (per_sample(k, trace) for k in estimate.coefficients(0.0, 1.0))
+    size = math.prod(estimate.x.shape[1:])
+    found: Tensor = per_sample(estimate.point.sigma, trace) * (k_x * size + k_o * trace)
+    return found
