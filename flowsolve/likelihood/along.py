@@ -33,8 +33,11 @@ __all__ = ["BUDGET", "Along"]
 
 BUDGET = 48
 """Evaluations, where none are asked for."""
-SHARE = 8
-"""One evaluation in so many is a second look."""
+
+
+def second_looks(budget: int) -> int:
+    """How many of a budget's evaluations are second looks: up to 4, and none where nodes are few."""
+    return min(4, max(0, budget - 8) // 3)
 
 
 class Along:
@@ -50,7 +53,7 @@ class Along:
         seed: key of the probes.
         nfe: network evaluations a sample.
         grid: the nodes, as a spacing of `flowsolve.grids` or explicit times; by default `curve.nodes`.
-        repeats: how many of the evaluations are second looks; by default an eighth.
+        repeats: how many of the evaluations are second looks; by default those of `second_looks`.
         graph: keep derivatives.
         shared: conditioning of all samples.
     """
@@ -77,7 +80,12 @@ class Along:
         self.graph, self.shared = graph, dict(shared or {})
         self.start, self.end = interval
         self.samples = self.start < self.end
-        self.bare = self.samples and path.at(self.start).alpha == 0.0
+        self.data_end, self.noise_end = max(interval), min(interval)
+        # Ends without a log-SNR: sampling sets out from pure noise, and clean data are looked at where that is possible.
+        outset = self.samples and path.at(self.noise_end).alpha == 0.0
+        clean = path.at(self.data_end)
+        self.tip = clean.sigma == 0.0 and not flow.prediction.singular(clean)
+        self.bare = (outset, self.tip) if self.samples else (self.tip, False)
         self.shape: tuple[int, ...] = ()  # of a sample, learnt from the first
         budget = estimates(nfe, flow)
         laid = None if grid is None else grids.resolve(grid)
@@ -88,7 +96,8 @@ class Along:
             self._given(laid, budget, repeats) if isinstance(laid, list) else self._laid(laid, budget, repeats)
         )
         self.rule = Rule(path, times)
-        self.stops = [*[self.start] * self.bare, *(times[::-1] if self.samples else times)]
+        inner = times[::-1] if self.samples else times
+        self.stops = [*[self.start] * self.bare[0], *inner, *[self.end] * self.bare[1]]
         self.intervals = list(zip(self.stops, self.stops[1:], counts, strict=False))
         self.cost = sum(counts) + 1 + self.repeats
         for t in self.stops:
@@ -100,31 +109,31 @@ class Along:
         path = self.flow.path
         known = sorted((t for t in times if path.at(t).alpha > 0.0 and path.at(t).sigma > 0.0), reverse=True)
         each = self.solver.evaluations
-        least = (len(known) - 1 + self.bare) * each + 1
+        steps = len(known) - 1 + sum(self.bare)
+        least = steps * each + 1
         self.repeats = _whole(repeats, (0 if budget is None else budget - least) if repeats is None else repeats)
         if self.repeats < 0 or budget not in (None, least + self.repeats):
             raise ValueError(
                 f"nfe buys {budget} estimates; the {len(known)} times given where the log-SNR is finite take {least}, and "
                 f"{max(self.repeats, 0)} are second looks. Drop nfe= or grid="
             )
-        return known, [each] * (len(known) - 1 + self.bare)
+        return known, [each] * steps
 
     def _laid(self, spacing: Any, budget: int | None, repeats: int | None) -> tuple[list[float], list[int]]:
         """Times from data to noise for a budget, and the evaluations of each step in the order of the solve."""
         assert budget is not None
-        self.repeats = _whole(repeats, budget // SHARE if repeats is None else repeats)
+        self.repeats = _whole(repeats, second_looks(budget) if repeats is None else repeats)
         spend = budget - self.repeats - 1
         counts = self.solver.schedule(spend) if spend > 0 else []
-        if spend < 2 or len(counts) < 2 + self.bare:
+        if len(counts) < 2 + sum(self.bare):
             raise ValueError(
-                f"a budget of {budget} estimates, {self.repeats} of them second looks, leaves {max(len(counts), 0)} steps; a "
+                f"a budget of {budget} estimates, {self.repeats} of them second looks, leaves {len(counts)} steps; a "
                 "likelihood along a curve needs three nodes, and 16 evaluations or more to be of use"
             )
-        path, (data, noise) = self.flow.path, (max(self.start, self.end), min(self.start, self.end))
-        spent = counts[1:] if self.bare else counts
-        fine = nodes(path, data, noise, sum(spent) + 1)
+        spent = counts[self.bare[0] : len(counts) - self.bare[1]]
+        fine = nodes(self.flow.path, self.data_end, self.noise_end, sum(spent) + 1)
         if spacing is not None:
-            fine = spacing.times(path, fine[0], fine[-1], sum(spent))
+            fine = spacing.times(self.flow.path, fine[0], fine[-1], sum(spent))
         fine = fine[::-1] if self.samples else fine
         times = [fine[i] for i in accumulate(spent, initial=0)]
         return times[::-1] if self.samples else times, counts
@@ -145,24 +154,27 @@ class Along:
         tree = context.tree
         if not len(y):
             return self._solution(torch.cat((rows(y), rows(y), y.new_zeros(0, self.trace.count + 1)), 1), [])
-        seen: list[tuple[Tensor, Tensor, Tensor]] = []
-        walk, due = self._walk(y), iter(self.stops)
-        query, t = next(walk), next(due)
+        walk, nodes = self._walk(y), set(self.rule.times)
+        x, data, trace, tip = [], [], [], None
+        query = next(walk)
         try:
-            while True:
-                node = query.t == t
-                if not node or (self.bare and t == self.start):
-                    estimate = self.flow.estimate(query.x, query.t, **tree["cond"])
+            for t in [*self.stops, math.nan]:
+                while query.t != t:  # a stage within a step
+                    query = walk.send(self.flow.estimate(query.x, query.t, **tree["cond"]))
+                if t in nodes:
+                    estimate, found = self._ask(query.x, t, tree)
+                    x.append(rows(query.x))
+                    data.append(rows(estimate.data))
+                    trace.append(found)
                 else:
-                    estimate, trace = self._ask(query.x, t, tree)
-                    seen.append((rows(query.x), rows(estimate.data), trace))
-                t = next(due, math.nan) if node else t
+                    estimate = self.flow.estimate(query.x, t, **tree["cond"])
+                    tip = (rows(query.x), rows(estimate.noise)) if t == self.data_end else tip
                 query = walk.send(estimate)
         except StopIteration:
             pass
-        x, data, trace = (torch.stack(v) for v in zip(*(seen[::-1] if self.samples else seen), strict=True))
-        curve = self._looked(Curve(self.rule, x, data, trace), y.shape, tree)
-        return self._read(curve, y)
+        order = slice(None, None, -1 if self.samples else 1)
+        curve = Curve(self.rule, *(torch.stack(v[order]) for v in (x, data, trace)))
+        return self._read(self._looked(curve, y.shape, tree), y, tip)
 
     def _walk(self, y: Tensor) -> Generator[Query, Estimate, None]:
         """What the solver asks on its way, and at its end."""
@@ -179,25 +191,25 @@ class Along:
         return estimate, of_noise(estimate, trace)
 
     def _looked(self, curve: Curve, shape: Any, tree: Any) -> Curve:
-        """The curve after the second looks."""
+        """The curve after the second looks, for the samples that they bring closer to a solution."""
         count = min(self.repeats, len(self.rule) - 1)
-        first = curve.worst(count) if count else None
+        if not count:
+            return curve
+        first, again = curve.worst(count), curve
         times = torch.tensor(self.rule.times, dtype=torch.float64)
-        for i in range(count):
-            assert first is not None
-            k = first + i
-            x = curve.approach(k)
+        for k in (first + i for i in range(count)):
+            x = again.approach(k)
             estimate, trace = self._ask(x.reshape(shape), times[torch.from_numpy(k)], tree)
-            curve = curve.replaced(k, x, rows(estimate.data), trace)
-        return curve
+            again = again.replaced(k, x, rows(estimate.data), trace)
+        return again.where(again.strayed() < curve.strayed(), curve)
 
-    def _read(self, curve: Curve, y: Tensor) -> Solution:
+    def _read(self, curve: Curve, y: Tensor, tip: tuple[Tensor, Tensor] | None) -> Solution:
         """The density, its error and the ends of a curve."""
         latent, base = self._at_noise(curve, y)
         first, size = self.rule.points[0], curve.x.shape[2]
         change = curve.change()
         value = base + change - size * math.log(first.alpha)  # of y at the last node, of x at the first
-        sample, value = self._at_data(curve, y, value)
+        sample, value = self._at_data(curve, y, value, tip)
         error = torch.full_like(value[:, :1], math.nan)
         if len(self.rule) > 4:
             error = (change - curve.halved().change()).mean(1, keepdim=True).abs()
@@ -210,7 +222,7 @@ class Along:
         path, point, size = self.flow.path, self.rule.points[-1], curve.x.shape[2]
         noise, trace, sigma = curve.noise(len(self.rule) - 1), curve.trace[-1], float(point.sigma)
         lift = size * math.log(point.alpha)
-        end = min(self.start, self.end)
+        end = self.noise_end
         reached = self.rule.times[-1] == end
         latent = curve.x[-1]
         if not reached:  # α = 0 there: what is left of the way stretches ε̂
@@ -228,18 +240,19 @@ class Along:
             base = normal_log_prob(latent, path.prior_std).unsqueeze(1)
         return (rows(y) if self.samples else latent), base + lift
 
-    def _at_data(self, curve: Curve, y: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def _at_data(
+        self, curve: Curve, y: Tensor, value: Tensor, tip: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
         """The state at the data end, (B, D), and its log p, (B, P)."""
-        end, first = max(self.start, self.end), self.rule.points[0]
-        there = self.flow.path.at(end)
-        if self.rule.times[0] == end:
+        first, there = self.rule.points[0], self.flow.path.at(self.data_end)
+        if self.rule.times[0] == self.data_end:
             return curve.x[0], value
-        # σ = 0 there: T and ‖ε̂‖² are proportional to σ² from here on
-        square = curve.noise(0).square().sum(1, keepdim=True)
-        grown = curve.x.shape[2] * math.log(first.alpha / there.alpha)
-        if self.samples:  # the last step ends in ẑ, as in sampling
-            return there.alpha * curve.data[0], value + 0.5 * (curve.trace[0] + square) + grown
-        return rows(y), value + 0.5 * (curve.trace[0] - square) + grown
+        if tip is None:
+            noise = curve.noise(0)
+            tip = (there.alpha * curve.data[0] if self.samples else rows(y)), torch.zeros_like(noise)
+        return tip[0], value + curve.beyond(tip[0] / there.alpha, tip[1]) + tip[0].shape[1] * math.log(
+            first.alpha / there.alpha
+        )
 
     def _solution(self, found: Tensor, magnitudes: list[Tensor]) -> Solution:
         """The solution whose x are such rows, with the largest numbers at the nodes in the order of the solve."""

@@ -31,10 +31,13 @@ since a perturbation made in the step grows like σ until its end.
 **Second looks.** An extrapolating solver errs most where the state settles between modes of the data, a few steps for each
 sample. The `repeats` consecutive nodes where $\sum\|\delta_k\|/\sigma_{k+1}$ is largest are evaluated again, sample by
 sample, each at the state of the centred step from the node before: now the evaluations beyond are known, if roughly.
+A sample keeps the new curve if that lowers $\sum(\|\delta_k\|/\sigma_{k+1})^2$, and else the smoother old one.
 
-**Ends.** Where the data end has σ = 0 the first node is at the end of the window of λ, and x is held fixed on the rest,
-where $T, \|\hat\varepsilon\|^2 \propto s^2$: $\log p$ gains $\frac12(T - \|\hat\varepsilon\|^2)$. Where the noise end has α = 0
-the last node is at the other end of the window, and there the density is `marginal` (`flowsolve.likelihood.prior`).
+**Ends.** Where the data end has σ = 0 the first node is at the end of the window of λ. Beyond it T falls like $s^p$, with
+p = 2 for a smooth density and p = 1 for most trained networks, whose ε̂ does not quite vanish; p is read off the first two
+nodes, and $\int T d\ell = T_0/p$. The state there is evaluated once, and the way between is a step as any other, with ε̂
+linear in s. Where the noise end has α = 0 the last node is at the other end of the window, and there the density is
+`marginal` (`flowsolve.likelihood.prior`).
 
 **The error** is estimated by the same formula on every second node: the difference is the error of half the budget.
 
@@ -64,6 +67,7 @@ __all__ = ["WINDOW", "Curve", "Rule", "nodes"]
 CENTER, WIDTH = 1.5, 4.0
 WINDOW = (-math.log(80.0), -math.log(0.002))
 STENCIL = 4
+TINY = 1e-30
 Vector = NDArray[np.float64]
 
 
@@ -173,10 +177,20 @@ class Curve:
             total = total.add(self.data[j], alpha=float(w))
         return total
 
-    def strayed(self) -> Tensor:
-        """‖δ‖/σ at the end of each step, (n − 1, B)."""
+    def missed(self) -> Tensor:
+        """‖δ‖/σ at the end of each step, (n − 1, B), without derivatives."""
         made = range(len(self.rule) - 1)
-        return torch.stack([(self.x[k + 1] - self.centred(k)).norm(dim=1) / self.rule.sigma[k + 1] for k in made])
+        found = [(self.x[k + 1] - self.centred(k)).detach().norm(dim=1) / self.rule.sigma[k + 1] for k in made]
+        return torch.stack(found).nan_to_num(nan=math.inf)
+
+    def strayed(self) -> Tensor:
+        """How far a sample's states are from a solution, Σ(‖δ‖/σ)², (B,)."""
+        return self.missed().square().sum(0)
+
+    def where(self, chosen: Tensor, other: Curve) -> Curve:
+        """This curve for the samples chosen, (B,), and the other for the rest; both of one rule."""
+        pairs = ((self.x, other.x), (self.data, other.data), (self.trace, other.trace))
+        return Curve(self.rule, *(torch.where(chosen.reshape(1, -1, 1), a, b) for a, b in pairs))
 
     def change(self) -> Tensor:
         """log p(y) at the first node less that at the last, (B, P): the two integrals."""
@@ -191,6 +205,16 @@ class Curve:
             before = after
         return total
 
+    def beyond(self, y: Tensor, noise: Tensor) -> Tensor:
+        """log p(y) at σ = 0 less that at the first node, (B, P), with the state y = x/α and ε̂ at σ = 0."""
+        s = [math.exp(-v) for v in self.rule.log_snr[:2]]
+        here, there = (t.detach().mean(1, keepdim=True) for t in self.trace[:2])
+        power = (there.clamp_min(TINY) / here.clamp_min(TINY)).log() / math.log(s[1] / s[0])
+        power = torch.where((here > 0.0) & (there > 0.0), power, 2.0).clamp(1.0, 2.0)
+        known = self.noise(0)
+        step = self.x[0] / float(self.rule.points[0].alpha) - y - (0.5 * s[0]) * (noise + known)
+        return self.trace[0] / power + (known * step).sum(1, keepdim=True) / s[0]
+
     def halved(self) -> Curve:
         """The curve through every second node."""
         kept = self.rule.halved()
@@ -199,7 +223,7 @@ class Curve:
 
     def worst(self, count: int) -> NDArray[np.int64]:
         """For each sample the first of the `count` consecutive nodes that the solver missed most, (B,)."""
-        missed = self.strayed().detach().double().cpu().nan_to_num(nan=0.0, posinf=0.0).cumsum(0)
+        missed = self.missed().cpu().double().nan_to_num(posinf=0.0).cumsum(0)
         before = torch.cat((torch.zeros_like(missed[:1]), missed))
         found: NDArray[np.int64] = (before[count:] - before[:-count]).argmax(0).numpy() + 1
         return found
