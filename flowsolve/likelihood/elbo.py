@@ -45,9 +45,9 @@ the bound holds for the first. It is a cross-check on `log_prob`, not a bound on
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,13 +57,12 @@ from flowsolve._batch import rows
 from flowsolve.flow import Flow
 from flowsolve.likelihood.bits import level_count
 from flowsolve.likelihood.bound_times import BoundTimes
-from flowsolve.likelihood.dequantize import Dequantizer, declared, filled, placed, readable, resolve
+from flowsolve.likelihood.decoders import Decoder, Density, Dequantized, Levels
+from flowsolve.likelihood.dequantize import Dequantizer, declared, filled, readable, resolve
 from flowsolve.noise import BOUND, Noise
 from flowsolve.transforms import Transform
 
 __all__ = ["VariationalBound", "variational_bound"]
-
-REACH = 24.0  # levels further away than so many standard deviations of the noise are not taken for one another
 
 
 @dataclass(frozen=True)
@@ -76,8 +75,8 @@ class VariationalBound:
         mean: of bpd over the samples.
         stderr: standard error of `mean` over the samples, their own spread included. NaN for one.
         draw_stderr: standard error of bpd over the draws, shape (B,); NaN with a single draw.
-        mean_draw_stderr: standard error of `mean` from the draws alone; with low-discrepancy times, which are even over
-            the batch too, at most that.
+        mean_draw_stderr: standard error of `mean` from the draws alone, as if samples had nothing in common; times that
+            are even over the batch too make the error smaller as a rule.
         prior: divergence of the noised data from the prior, nats, shape (B,).
         diffusion: the integral, nats, shape (B,).
         data: the rest, the cost of the data's end: decoder, dequantisation and log-determinant, nats, shape (B,).
@@ -171,82 +170,22 @@ def variational_bound(
     noise = Noise.for_batch(seed, len(x), samples)
     clock = BoundTimes(flow.path, (start, end), v if times == "importance" else None, draws, low_discrepancy, noise)
     s0 = flow.path.prior_std if prior_std is None else prior_std
+    s = math.exp(-flow.path.log_snr(start))
     if transform is None:
-        end_of_data: _End = _Continuous(x, _decoder(flow, start, size))
+        decoder: Decoder = Density(x, s)
     elif dequantize == "levels":
-        end_of_data = _Levels(transform, count, x, flow.path.log_snr(start), dtype)
+        decoder = Levels(transform, count, x, s, dtype)
     else:
-        q = resolve(dequantize, flow, start, transform, count)
-        end_of_data = _Dequantized(transform, count, x, q, noise, _decoder(flow, start, size), dtype)
+        decoder = Dequantized(transform, count, x, s, dtype, resolve(dequantize, flow, start, transform, count), noise)
     totals = []
     for draw in range(draws):
-        z, cost = end_of_data.data(draw)
+        z, cost = decoder.data(draw)
         eps = noise.normal(BOUND, 2 * draw, z)
         with torch.no_grad():
             diffusion = clock.rate(draw) * _miss(flow, z, eps, clock.times(draw), dict(cond or {}))
         parts = _prior(flow, end, s0, z), diffusion, cost(eps)
         totals.append(torch.stack([p.double().cpu() for p in parts]))
     return _summary(torch.stack(totals), size, draws * flow.nfe_per_call, low_discrepancy, (start, end))
-
-
-class _End(Protocol):
-    """What a bound adds at the data: z of a draw, and the cost in nats, given the noise of x₁ = α₁(z + sε)."""
-
-    def data(self, draw: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]: ...
-
-
-@dataclass(frozen=True)
-class _Continuous:
-    x: Tensor
-    decoder: float
-
-    def data(self, draw: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        return self.x, lambda eps: torch.full((len(eps),), self.decoder, dtype=torch.float64)
-
-
-@dataclass(frozen=True)
-class _Dequantized:
-    transform: Transform
-    count: int
-    k: Tensor
-    dequantizer: Dequantizer
-    noise: Noise
-    decoder: float
-    dtype: torch.dtype
-
-    def data(self, draw: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        v, log_q = placed(self.dequantizer, self.k, self.noise, draw)
-        cost = self.decoder + log_q - self.transform.log_det(v, self.count)
-        return self.transform.forward(v, self.count).to(self.dtype), lambda eps: cost
-
-
-class _Levels:
-    """The decoder −log P(k | x₁), over the levels near enough to be meant."""
-
-    def __init__(self, transform: Transform, count: int, k: Tensor, log_snr: float, dtype: torch.dtype) -> None:
-        self.middle = k.to(_wide(k)) + 0.5
-        self.z, self.dtype = transform.forward(self.middle, count), dtype
-        self.transform, self.count, self.s = transform, count, math.exp(-log_snr)
-        least, last = math.inf, self._at(torch.zeros_like(self.z[:1]))
-        for level in range(1, count):
-            last, before = self._at(torch.full_like(self.z[:1], level)), last
-            least = min(least, float((last - before).abs().min()))
-        self.near = min(count - 1, math.ceil(REACH * self.s / least))
-
-    def _at(self, level: Tensor) -> Tensor:
-        return self.transform.forward(level + 0.5, self.count)
-
-    def data(self, draw: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        return self.z.to(self.dtype), self._cost
-
-    def _cost(self, eps: Tensor) -> Tensor:
-        noise, total = eps.to(self.z), torch.zeros_like(self.z)
-        for step in (*range(-self.near, 0), *range(1, self.near + 1)):
-            other = self.middle + step
-            there = (other > 0) & (other < self.count)
-            gap = (self.transform.forward(other.clamp(0.5, self.count - 0.5), self.count) - self.z) / self.s
-            total = torch.logaddexp(total, torch.where(there, gap * (noise - 0.5 * gap), -math.inf))
-        return rows(total).sum(1)
 
 
 def _miss(flow: Flow, z: Tensor, eps: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:
@@ -258,15 +197,9 @@ def _miss(flow: Flow, z: Tensor, eps: Tensor, t: Tensor, cond: dict[str, Any]) -
 def _prior(flow: Flow, end: float, std: float, z: Tensor) -> Tensor:
     """KL(q(x₀|z) ‖ N(0, std²)), shape (B,)."""
     point, wide = flow.path.at(end), rows(z).to(_wide(z))
-    ratio = (point.sigma / std) ** 2
-    spread = wide.shape[1] * (ratio - 1.0 - math.log(ratio))
-    kept: Tensor = (point.alpha / std) ** 2 * wide.square().sum(1)
-    return 0.5 * (kept + spread)
-
-
-def _decoder(flow: Flow, start: float, size: int) -> float:
-    """−E log N(z; x₁/α₁, s²) = (D/2) log 2πe s²."""
-    return size * (0.5 * math.log(2.0 * math.pi * math.e) - flow.path.log_snr(start))
+    ratio = float((point.sigma / std) ** 2)
+    kept: Tensor = wide.square().sum(1) * float((point.alpha / std) ** 2)
+    return 0.5 * (kept + wide.shape[1] * (ratio - 1.0 - math.log(ratio)))
 
 
 def _summary(
