@@ -97,7 +97,7 @@ class TruncatedNormal:
     def sample(self, images: Tensor, noise: Noise, draw: int) -> tuple[Tensor, Tensor]:
         """A `Dequantizer`'s draw, by the inverse of the distribution function."""
         v, _ = Uniform().sample(images, noise, draw)
-        std = self.std(images) if callable(self.std) else torch.as_tensor(self.std)
+        std = self.std(images) if callable(self.std) else torch.as_tensor(self.std, dtype=v.dtype)
         r = std.to(v).expand(v.shape)
         if not bool((r > 0).all() & r.isfinite().all()):
             raise ValueError(
