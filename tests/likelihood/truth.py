@@ -13,7 +13,7 @@ from flowsolve.transforms import Range, Transform
 
 def log_mass(mixture: GaussianMixture, k: Tensor, transform: Transform = Range(), levels: int | None = None) -> Tensor:  # noqa: B008
     """log P(k), shape (B,): of each component, a product of differences of normal distribution functions."""
-    edges = transform.forward(torch.stack((k, k + 1)).double(), levels)
+    edges = torch.stack([transform.forward(v.double(), levels) for v in (k, k + 1)])
     parts = []
     for mean, std in zip(mixture.means.double(), mixture.std.double(), strict=True):
         a, b = ((edges - mean) / std).sort(dim=0).values
