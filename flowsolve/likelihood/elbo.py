@@ -157,9 +157,10 @@ def variational_bound(
     """
     check_flow(flow, cond)
     _check(draws, times)
-    integers = isinstance(x, Tensor) and not x.is_floating_point()
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x is a {type(x).__name__}; expected a tensor of integers, or of floating continuous data")
     transform, count, size = None, 0, math.prod(x.shape[1:])
-    if integers:
+    if not x.is_floating_point():
         transform, count = declared(flow), level_count(flow, bits, levels)
         x = readable(x, count)
     else:

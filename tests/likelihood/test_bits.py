@@ -24,10 +24,10 @@ def discrete_bits(images, levels, mixture=MIXTURE, transform=None):
 
 
 def test_the_bound_lies_above_the_probability_and_tightens_with_importance_draws():
-    """On 3 levels, where one draw costs 0.3 bits; a missing −log K would put 64 draws 1.5 bits below the truth."""
+    """On 3 levels, where one draw costs 0.3 bits; a missing −log K would put 32 draws 1.2 bits below the truth."""
     images = torch.randint(0, 3, (64, 1, 2, 2), generator=torch.Generator().manual_seed(3))
     options = {"levels": 3, "solver": solvers.RK4(), "nfe": 24, "trace": "exact"}
-    one, many = (fs.bits_per_dim(FLOW, images, importance=k, **options).bpd - discrete_bits(images, 3) for k in (1, 64))
+    one, many = (fs.bits_per_dim(FLOW, images, importance=k, **options).bpd - discrete_bits(images, 3) for k in (1, 32))
     assert one.mean() > 4 * one.std() / 8
     assert abs(many.mean()) < 4 * many.std() / 8 < 0.04
 
