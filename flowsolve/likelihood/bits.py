@@ -152,9 +152,9 @@ def bits_per_dim(
             raise ValueError(f"{transform!r} maps images to states that are not finite; keep it away from its ends")
         out = log_prob(flow, x, seed=seed + draw * STRIDE, samples=noise.samples, **options)
         offset = size * math.log(alpha) + transform.log_det(v, count) - log_q
-        draws.append(out.log_prob.detach().double().cpu() + offset.double().cpu())
-        probes.append(out.stderr.double().cpu())
-        errors.append(_error(out).double().cpu())
+        draws.append(out.log_prob.detach().cpu().double() + offset.cpu().double())
+        probes.append(out.stderr.cpu().double())
+        errors.append(_error(out).cpu().double())
         nfe = nfe + out.nfe
     return _summary(
         torch.stack(draws).reshape(repeats, importance, -1),

@@ -164,7 +164,7 @@ def variational_bound(
         transform, count = declared(flow), level_count(flow, bits, levels)
         x = readable(x, count)
     else:
-        x = _continuous(state(x), bits, levels)
+        x = _continuous(state(x), bits, levels, dequantize)
     v = _variance(flow, data_std)
     start, end = interval or (_edge(flow, transform, count, x, v), 0.0)
     _check_interval(flow, start, end, prior_std)
@@ -185,14 +185,14 @@ def variational_bound(
         with torch.no_grad():
             diffusion = clock.rate(draw) * _miss(flow, z, eps, clock.times(draw), dict(cond or {}))
         parts = _prior(flow, end, s0, z), diffusion, cost(eps)
-        totals.append(torch.stack([p.double().cpu() for p in parts]))
+        totals.append(torch.stack([p.cpu().double() for p in parts]))
     return _summary(torch.stack(totals), size, draws * flow.nfe_per_call, low_discrepancy, (start, end))
 
 
 def _miss(flow: Flow, z: Tensor, eps: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:
     """‖ε − ε̂‖² of each sample at its own time, float64 of shape (B,) on the host."""
     estimate = flow.estimate(flow.path.interpolate(z, eps, t), t, **cond)
-    return rows(eps.to(estimate.x) - estimate.noise).double().square().sum(1).cpu()
+    return rows(eps.to(estimate.x) - estimate.noise).square().sum(1).cpu().double()
 
 
 def _prior(flow: Flow, end: float, std: float, z: Tensor) -> Tensor:
@@ -248,9 +248,9 @@ def _variance(flow: Flow, data_std: float | None) -> float:
     return data_std**2
 
 
-def _continuous(x: Tensor, bits: int | None, levels: int | None) -> Tensor:
-    if bits is not None or levels is not None:
-        raise TypeError("bits= and levels= are for integer images; these are floating, with a density and no levels")
+def _continuous(x: Tensor, bits: int | None, levels: int | None, dequantize: str | Dequantizer) -> Tensor:
+    if bits is not None or levels is not None or dequantize != "levels":
+        raise TypeError("bits=, levels= and dequantize= are for integer images; these are floating and have a density")
     if not x.numel():
         raise ValueError(f"x has shape {tuple(x.shape)}; expected (B, *S) with at least one sample")
     if not bool(x.isfinite().all()):

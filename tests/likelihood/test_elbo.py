@@ -268,6 +268,17 @@ def test_uniform_dequantisation_on_fine_levels_is_exact():
     assert abs(gap) < 4 * out.mean_draw_stderr < 0.2
 
 
+def test_a_bound_is_the_same_on_every_device(device):
+    here, there = mixture(1, 2, 2), mixture(1, 2, 2)
+    there.means, there.std, there.weights = (v.to(device) for v in (there.means, there.std, there.weights))
+    k = torch.randint(0, 16, (5, 1, 2, 2), generator=torch.Generator().manual_seed(0))
+    for dequantize in ("levels", "uniform", "truncated_normal"):
+        options = {"bits": 4, "dequantize": dequantize, "draws": 4, "dtype": torch.float64}
+        a = fs.variational_bound(here.flow(paths.CondOT()), k, **options)
+        b = fs.variational_bound(there.flow(paths.CondOT()), k.to(device), **options)
+        assert torch.allclose(a.bpd, b.bpd, atol=1e-9)
+
+
 def test_figures_and_their_names():
     z = gaussian(3).sample(7, seed=0)
     flow = gaussian(3).flow(paths.CondOT())
@@ -318,6 +329,7 @@ CODES.transform = Latent(0.2)
         (FLOW, torch.ones(2, 2), {"times": "vdm"}, ValueError, "times = 'vdm' is not known"),
         (FLOW, torch.ones(2, 2), {"times": "uniform"}, ValueError, "−∞ at t = 0 of .*; use times='importance'"),
         (FLOW, torch.ones(2, 2), {"bits": 8}, TypeError, "are for integer images; these are floating"),
+        (FLOW, torch.ones(2, 2), {"dequantize": "uniform"}, TypeError, "are for integer images; these are floating"),
         (FLOW, torch.ones(0, 2), {}, ValueError, r"shape \(0, 2\); expected .* at least one sample"),
         (FLOW, torch.tensor([[0.0, 1.0], [math.nan, 0.0]]), {}, ValueError, r"x is not finite in samples \[1\]"),
         (FLOW, torch.ones(2, 2), {"interval": (1.0, 0.0)}, ValueError, "no noise, and the bound's integral has no end"),
