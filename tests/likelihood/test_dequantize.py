@@ -103,12 +103,11 @@ T_NOISY = paths.CondOT().time(math.log(3.0))  # σ/α = 1/3, half a cell of 3 le
 @pytest.mark.parametrize(
     ("dequantize", "interval"),
     [
-        ("uniform", None),
         ("truncated_normal", (T_NOISY, 0.0)),
         (TruncatedNormal(0.6), None),
         (Leaning(), None),
     ],
-    ids=["uniform", "truncated normal", "its object", "user's"],
+    ids=["truncated normal", "its object", "user's"],
 )
 def test_every_bound_is_above_the_truth_and_tightens_with_its_draws(dequantize, interval):
     """3 levels of 4 pixels: one draw costs tenths of bits; without −log K, 36 draws would end 1.3 bits too low."""

@@ -82,16 +82,16 @@ def test_the_exact_flow_is_bounded_tightly(shape, path):
 
 
 def test_with_noise_left_it_is_the_expected_log_density_of_the_noised_point():
-    """At s = 0.7 and more the bound is E log p̂(z + sε) to the third digit, and far below log p."""
+    """At s = 0.7 and more the bound is E log p̂(z + sε) and far below log p."""
     problem, path = mixture(2), paths.CondOT()
     z = problem.sample(40, seed=3)
     start = path.time(-math.log(0.7))
-    out = fs.variational_bound(problem.flow(path), z, draws=1000, interval=(start, 0.0), data_std=0.5)
-    eps = torch.randn(4000, 40, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    noised = blurred(problem, 0.7).log_prob((z + 0.7 * eps).flatten(0, 1)).reshape(4000, 40)
-    error = (noised.var(0) / 4000 + (out.draw_stderr * 2 * LN2).square()).sqrt()
+    out = fs.variational_bound(problem.flow(path), z, draws=400, interval=(start, 0.0), data_std=0.5)
+    eps = torch.randn(1000, 40, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noised = blurred(problem, 0.7).log_prob((z + 0.7 * eps).flatten(0, 1)).reshape(1000, 40)
+    error = (noised.var(0) / 1000 + (out.draw_stderr * 2 * LN2).square()).sqrt()
     assert ((noised.mean(0) - out.bound) / error).abs().max() < 4
-    assert error.max() < 0.05
+    assert error.max() < 0.1
     assert (problem.log_prob(z) - out.bound).mean() > 0.5
 
 
@@ -238,13 +238,13 @@ def test_levels_that_the_noise_confuses_cost_their_confusion():
     path, k = paths.CondOT(), torch.tensor([[0, 3], [1, 2]])
     flow = gaussian(2).flow(path)
     start = path.time(0.0)
-    out = fs.variational_bound(flow, k, levels=LEVELS, draws=1000, interval=(start, 0.0), dtype=torch.float64)
+    out = fs.variational_bound(flow, k, levels=LEVELS, draws=400, interval=(start, 0.0), dtype=torch.float64)
     middles = Range().forward(torch.arange(LEVELS).double() + 0.5, LEVELS)
-    eps = torch.randn(20000, 2, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    eps = torch.randn(4000, 2, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     seen = middles[k] + eps  # s = 1
     logits = -0.5 * (seen.unsqueeze(-1) - middles).square()
-    cost = -torch.log_softmax(logits, -1).gather(-1, k.expand(20000, 2, 2).unsqueeze(-1)).squeeze(-1).sum(2)
-    assert (out.data - cost.mean(0)).abs().max() < 4 * float(cost.std(0).max()) * math.sqrt(1 / 1000 + 1 / 20000)
+    cost = -torch.log_softmax(logits, -1).gather(-1, k.expand(4000, 2, 2).unsqueeze(-1)).squeeze(-1).sum(2)
+    assert (out.data - cost.mean(0)).abs().max() < 4 * float(cost.std(0).max()) * math.sqrt(1 / 400 + 1 / 4000)
 
 
 @pytest.mark.parametrize("dequantize", ["uniform", "truncated_normal"])
