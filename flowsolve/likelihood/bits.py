@@ -17,7 +17,7 @@ and stands apart.
 
 **Estimated traces.** $e^{\log p + e}$ with $\mathbb E\,e = 0$ is too large on average, so an average of estimated
 densities is no bound, however many draws it has: `importance` > 1 needs the exact trace. An average of estimated
-*logarithms* is one: `repeats` works with any trace.
+*logarithms* is one: `draws` works with any trace.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from torch import Tensor
 from flowsolve.flow import Flow
 from flowsolve.likelihood.dequantize import Dequantizer, declared, filled, placed, readable, resolve
 from flowsolve.likelihood.log_prob import log_prob
+from flowsolve.likelihood.trace import Exact
 from flowsolve.noise import Noise
 from flowsolve.solvers.base import Solver
 
@@ -54,7 +55,7 @@ class BitsPerDim:
         probe_stderr: standard error of `bpd` that the trace probes leave, shape (B,): 0 with the exact trace, NaN with
             a single probe, which cannot tell.
         draw_stderr: standard error of `bpd` over the draws, of dequantisation and probes together, shape (B,): from
-            the repeats, or with one repeat of K draws from these, by the delta method; NaN with one draw.
+            `draws` bounds, or from the K of a single importance-weighted one, by the delta method; NaN from one of one.
         dequantization_stderr: the part of `draw_stderr` that is not `probe_stderr`, shape (B,).
         mean_draw_stderr: standard error of `mean` from the draws alone, which another seed would show on the same
             images. The spread of the images is the rest of `stderr`.
@@ -83,12 +84,12 @@ def bits_per_dim(
     flow: Flow,
     images: Tensor,
     *,
-    solver: Solver | None = None,
+    solver: Solver | str | None = None,
     bits: int | None = None,
     levels: int | None = None,
     dequantize: str | Dequantizer = "uniform",
     importance: int = 1,
-    repeats: int = 1,
+    draws: int = 1,
     seed: int = 0,
     samples: Sequence[int] | Tensor | None = None,
     interval: tuple[float, float] | None = None,
@@ -107,7 +108,7 @@ def bits_per_dim(
             with sample(images, noise, draw) -> (u, log_q), such as a `FlowDequantizer`.
         importance: draws K of the importance-weighted bound; K solves. More than one needs trace="exact": the
             exponential of an unbiased estimate of log p is not an unbiased estimate of p.
-        repeats: independent bounds that are averaged, with any trace; two or more give standard errors of the draws.
+        draws: independent bounds that are averaged, with any trace; two or more give standard errors of the draws.
         seed: key of the dequantisation and of the trace probes.
         samples: the global numbers of the images, by default 0 … B−1.
         interval: flow times of the likelihood (from data, to noise). By default it starts at the end of the network's
@@ -135,7 +136,7 @@ def bits_per_dim(
     """
     transform, count = declared(flow), level_count(flow, bits, levels)
     k = readable(images, count)
-    _check(dequantize, importance, repeats, options)
+    _check(dequantize, importance, draws, options)
     if interval is None and dequantize == "truncated_normal":
         interval = (filled(flow, transform, count, tuple(k.shape[1:])), 0.0)
     start, end = interval or (flow.path.window[1], 0.0)
@@ -144,21 +145,21 @@ def bits_per_dim(
     options |= {name: value for name, value in (("solver", solver), ("interval", interval)) if value is not None}
 
     alpha, size = flow.path.alpha(start), math.prod(k.shape[1:])
-    draws, probes, errors, nfe = [], [], [], torch.zeros(len(k), dtype=torch.int64)
-    for draw in range(repeats * importance):
+    weights, probes, errors, nfe = [], [], [], torch.zeros(len(k), dtype=torch.int64)
+    for draw in range(draws * importance):
         v, log_q = placed(dequantizer, k, noise, draw)
         x = (alpha * transform.forward(v, count)).to(dtype)
         if not bool(x.isfinite().all()):
             raise ValueError(f"{transform!r} maps images to states that are not finite; keep it away from its ends")
         out = log_prob(flow, x, seed=seed + draw * STRIDE, samples=noise.samples, **options)
         offset = size * math.log(alpha) + transform.log_det(v, count) - log_q
-        draws.append(out.log_prob.detach().cpu().double() + offset.cpu().double())
+        weights.append(out.log_prob.detach().cpu().double() + offset.cpu().double())
         probes.append(out.stderr.cpu().double())
-        errors.append(_error(out).cpu().double())
+        errors.append(out.error.detach().cpu().double())
         nfe = nfe + out.nfe
     return _summary(
-        torch.stack(draws).reshape(repeats, importance, -1),
-        torch.stack(probes).square().sum(0).sqrt() / len(draws),
+        torch.stack(weights).reshape(draws, importance, -1),
+        torch.stack(probes).square().sum(0).sqrt() / len(weights),
         torch.stack(errors).mean(0),
         nfe, size * math.log(2.0), (start, end),
     )  # fmt: skip
@@ -173,14 +174,15 @@ def level_count(flow: Flow, bits: int | None, levels: int | None) -> int:
     return declared(flow).count(levels if bits is None else 2**bits)
 
 
-def _check(dequantize: str | Dequantizer, importance: int, repeats: int, options: dict[str, Any]) -> None:
-    for name, n in (("importance", importance), ("repeats", repeats)):
+def _check(dequantize: str | Dequantizer, importance: int, draws: int, options: dict[str, Any]) -> None:
+    for name, n in (("importance", importance), ("draws", draws)):
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-            raise ValueError(f"{name} = {n!r}; expected an integer of at least 1 draw")
-    if importance > 1 and options.get("trace") != "exact":
+            raise ValueError(f"{name} = {n!r}; expected an integer of at least 1")
+    trace = options.get("trace")
+    if importance > 1 and trace != "exact" and not isinstance(trace, Exact):
         raise ValueError(
             f"importance = {importance} averages densities, and an estimated trace makes that average too large; "
-            "set trace='exact', or importance=1 and repeats="
+            "set trace='exact', or importance=1 and draws="
         )
     if importance > 1 and not getattr(dequantize, "exact", True):
         raise ValueError(
@@ -189,22 +191,16 @@ def _check(dequantize: str | Dequantizer, importance: int, repeats: int, options
         )
 
 
-def _error(out: Any) -> Tensor:
-    """The solver's error of log p in nats, NaN where it is not estimated."""
-    error = getattr(out, "error", None)
-    return error.detach() if isinstance(error, Tensor) else torch.full_like(out.log_prob.detach(), math.nan)
-
-
 def _summary(
-    draws: Tensor, probe: Tensor, error: Tensor, nfe: Tensor, unit: float, interval: tuple[float, float]
+    weights: Tensor, probe: Tensor, error: Tensor, nfe: Tensor, unit: float, interval: tuple[float, float]
 ) -> BitsPerDim:
-    """The figures of (repeats, K, B) log-weights; `unit` nats make one bit per dimension."""
-    repeats, importance, images = draws.shape
-    nats = torch.logsumexp(draws, 1) - math.log(importance)
-    if repeats > 1:
-        over_draws = nats.std(0) / math.sqrt(repeats)
+    """The figures of (draws, K, B) log-weights; `unit` nats make one bit per dimension."""
+    draws, importance, images = weights.shape
+    nats = torch.logsumexp(weights, 1) - math.log(importance)
+    if draws > 1:
+        over_draws = nats.std(0) / math.sqrt(draws)
     elif importance > 1:  # of log mean w: std(w)/(mean(w) √K)
-        weight = (draws[0] - nats).exp()
+        weight = (weights[0] - nats).exp()
         over_draws = weight.std(0) / math.sqrt(importance)
     else:
         over_draws = torch.full_like(nats[0], math.nan)

@@ -45,10 +45,9 @@ from torch import Tensor
 
 from flowsolve._batch import rows
 from flowsolve.flow import Flow
-from flowsolve.integrate import sample
-from flowsolve.likelihood.log_prob import log_prob
+from flowsolve.likelihood.log_prob import sample_log_prob
+from flowsolve.likelihood.trace import Exact, Trace
 from flowsolve.noise import DEQUANTIZE, Noise
-from flowsolve.solvers.base import Solver
 from flowsolve.transforms import Latent, Transform
 
 __all__ = ["Dequantizer", "FlowDequantizer", "TruncatedNormal", "Uniform", "resolve"]
@@ -113,40 +112,35 @@ class TruncatedNormal:
 class FlowDequantizer:
     """A dequantiser made of a conditional flow on the line, by the logistic function.
 
-    It costs two solves of that flow a draw; they are not counted in the NFE of the likelihood.
+    It costs one pass of that flow a draw (`flowsolve.sample_log_prob`), which the NFE of the likelihood do not count.
 
     Attributes:
         flow: a flow of states w of the images' shape.
         condition: images, int64 of shape (B, *S) → the keyword arguments of the flow's network.
-        solver: a Runge–Kutta solver, for the sample and for its density.
         trace: how the density's divergence is found; an estimate leaves a bound for one draw, not for several.
-        options: nfe, grid, chart for both solves.
+        options: for `sample_log_prob`: solver, nfe, grid, chart, ….
     """
 
     flow: Flow
     condition: Callable[[Tensor], Mapping[str, Any]]
-    solver: Solver
-    trace: str = "exact"
+    trace: str | Trace = "exact"
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def exact(self) -> bool:
         """Whether log q is known and not estimated."""
-        return self.trace == "exact"
+        return self.trace == "exact" or isinstance(self.trace, Exact)
 
     def sample(self, images: Tensor, noise: Noise, draw: int) -> tuple[Tensor, Tensor]:
         """A `Dequantizer`'s draw: a sample w of the flow, and its density."""
         like = torch.empty(images.shape, dtype=torch.float32, device=images.device)
-        start = noise.normal(DEQUANTIZE, draw, like) * self.flow.path.prior_std
-        there = {"cond": self.condition(images), "solver": self.solver, **self.options}
-        end = self.flow.path.window[1]
-        w = sample(self.flow, start=start, interval=(0.0, end), **there).x
-        found = log_prob(
-            self.flow, w, interval=(end, 0.0), trace=self.trace, seed=noise.seed, samples=noise.samples, **there
-        )
-        w = w.to(_dtype(w))
+        made = sample_log_prob(
+            self.flow, start=noise.normal(DEQUANTIZE, draw, like) * self.flow.path.prior_std, trace=self.trace,
+            seed=noise.seed, samples=noise.samples, cond=self.condition(images), **self.options,
+        )  # fmt: skip
+        w = made.x.to(_dtype(made.x))
         squash = torch.nn.functional.logsigmoid(w) + torch.nn.functional.logsigmoid(-w)
-        return w.sigmoid(), found.log_prob.to(w.dtype) - rows(squash).sum(1)
+        return w.sigmoid(), made.log_prob.to(w.dtype) - rows(squash).sum(1)
 
 
 def declared(flow: Flow) -> Transform:

@@ -78,8 +78,8 @@ def test_an_image_has_the_same_bits_in_any_batch():
         (IMAGES + 200, {"levels": 17}, ValueError, r"run from 2\d\d to 2\d\d; expected 0 … 16 \(set bits= or levels="),
         (IMAGES, {"levels": None, "bits": 17}, ValueError, "bits = 17; expected an integer from 1 to 16"),
         (IMAGES, {"levels": None, "bits": 0}, ValueError, "bits = 0"),
-        (IMAGES, {"repeats": 0}, ValueError, "repeats = 0; expected an integer of at least 1 draw"),
-        (IMAGES, {"importance": 0}, ValueError, "at least 1 draw"),
+        (IMAGES, {"draws": 0}, ValueError, "draws = 0; expected an integer of at least 1"),
+        (IMAGES, {"importance": 0}, ValueError, "at least 1"),
         (IMAGES, {"importance": 8}, ValueError, "set trace='exact'"),
         (IMAGES, {"bits": 4}, TypeError, "give one"),
         (IMAGES, {"levels": 1}, ValueError, "at least 2"),
@@ -157,7 +157,7 @@ def test_the_scale_of_the_path_where_the_likelihood_starts_is_taken_out():
 def test_standard_errors_are_those_of_other_draws():
     """400 draws of each of three images: dequantisation (8 levels) and probes each have an error of their own."""
     n, images = 400, torch.randint(0, 8, (3, 1, 2, 2), generator=torch.Generator().manual_seed(8))
-    options = {"levels": 8, "solver": solvers.RK4(), "nfe": 16, "repeats": 8}
+    options = {"levels": 8, "solver": solvers.RK4(), "nfe": 16, "draws": 8}
     many = images.repeat(n, 1, 1, 1)
     seen = fs.bits_per_dim(FLOW, many, probes=2, **options)
     exact = fs.bits_per_dim(FLOW, many, trace="exact", **options)
@@ -197,11 +197,11 @@ def test_draws_of_one_importance_weighted_bound_tell_its_error():
     assert (out.draw_stderr.reshape(n, 4).mean(0) / spread).tolist() == pytest.approx([1.0] * 4, abs=0.3)
 
 
-def test_repeats_are_bounds_of_their_own_averaged():
-    """One repeat of K draws is the logarithm of a mean, K repeats are the mean of logarithms: by Jensen never less."""
+def test_draws_are_bounds_of_their_own_averaged():
+    """K importance draws make the logarithm of a mean, K plain ones the mean of logarithms: by Jensen never less."""
     options = {"levels": 3, "solver": solvers.RK4(), "nfe": 16, "trace": "exact", "seed": 11}
     images = IMAGES % 3
-    mean_of_logs = fs.bits_per_dim(FLOW, images, repeats=4, **options)
+    mean_of_logs = fs.bits_per_dim(FLOW, images, draws=4, **options)
     log_of_mean = fs.bits_per_dim(FLOW, images, importance=4, **options)
     assert (mean_of_logs.bpd > log_of_mean.bpd).all()
     assert mean_of_logs.nfe.tolist() == log_of_mean.nfe.tolist() == [64] * len(images)
@@ -271,7 +271,7 @@ def test_the_solvers_own_error_is_passed_on_in_bits(monkeypatch):
             self.error = next(errors)
 
     monkeypatch.setattr(module, "log_prob", lambda *_, **__: Out())
-    out = fs.bits_per_dim(FLOW, IMAGES[:1], levels=LEVELS, repeats=2)
+    out = fs.bits_per_dim(FLOW, IMAGES[:1], levels=LEVELS, draws=2)
     assert float(out.solver_error) == pytest.approx(0.3 / (4 * math.log(2.0)))
 
 
@@ -282,3 +282,14 @@ def test_bits_are_the_same_on_every_device(device):
         a = fs.bits_per_dim(FLOW, IMAGES, dequantize=dequantize, **options)
         b = fs.bits_per_dim(there.flow(paths.CondOT()), IMAGES.to(device), dequantize=dequantize, **options)
         assert torch.allclose(a.bpd, b.bpd, atol=1e-6)
+
+
+def test_without_a_solver_it_is_that_of_log_prob():
+    """The default's own error estimate comes with it; and an `Exact` trace is as good as its name."""
+    images = torch.randint(0, FINE, (3, 1, 2, 2), generator=torch.Generator().manual_seed(12))
+    options = {"levels": FINE, "nfe": 64, "dtype": torch.float64, "importance": 2}
+    out = fs.bits_per_dim(FLOW, images, trace=fs.likelihood.Exact(), **options)
+    assert (out.bpd - discrete_bits(images, FINE)).abs().max() < 1e-3
+    assert out.solver_error.isfinite().all()
+    assert out.nfe.tolist() == [128] * 3
+    assert torch.equal(out.bpd, fs.bits_per_dim(FLOW, images, trace="exact", **options).bpd)

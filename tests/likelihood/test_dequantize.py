@@ -82,7 +82,7 @@ class Posterior:
 def test_the_models_own_posterior_makes_the_bound_an_equality(importance):
     gaussian = GaussianMixture(torch.full((1, 1, 2, 2), 0.2, dtype=torch.float64), 0.6)
     posterior = Posterior(0.2, 0.6, Range())
-    options = {**EXACT, "levels": LEVELS, "dequantize": posterior, "importance": importance, "repeats": 2}
+    options = {**EXACT, "levels": LEVELS, "dequantize": posterior, "importance": importance, "draws": 2}
     out = fs.bits_per_dim(gaussian.flow(paths.CondOT()), IMAGES, **options)
     assert (out.bpd - bits(log_mass(gaussian, IMAGES, levels=LEVELS), IMAGES)).abs().max() < 1e-4
     assert (out.draw_stderr < 1e-4).all()
@@ -150,7 +150,7 @@ CONDITIONAL = fs.Flow(gaussian_net, paths.CondOT())
 
 
 def test_a_conditional_flow_becomes_a_logistic_normal_dequantiser():
-    learnt = FlowDequantizer(CONDITIONAL, lambda k: {"image": k}, solvers.Dopri5(1e-7, 1e-7))
+    learnt = FlowDequantizer(CONDITIONAL, lambda k: {"image": k}, options={"solver": solvers.Dopri5(1e-7, 1e-7)})
     u, log_q = drawn(learnt, IMAGES, 2)
     w = torch.logit(u)
     law = torch.distributions.Normal(0.5 * (1.0 - IMAGES.double()), 1.5)
@@ -160,7 +160,7 @@ def test_a_conditional_flow_becomes_a_logistic_normal_dequantiser():
 
 
 def test_a_flow_that_leans_the_right_way_is_the_better_dequantiser():
-    learnt = FlowDequantizer(CONDITIONAL, lambda k: {"image": k}, solvers.RK4(), options={"nfe": 24})
+    learnt = FlowDequantizer(CONDITIONAL, lambda k: {"image": k}, options={"nfe": 24})
     images = IMAGES.repeat(4, 1, 1, 1)
     truth = bits(log_mass(MIXTURE, images, levels=LEVELS), images)
 
@@ -197,7 +197,7 @@ class Broken:
         return (good if self.u is None else self.u), (torch.zeros(len(images)) if self.log_q is None else self.log_q)
 
 
-ESTIMATED = FlowDequantizer(CONDITIONAL, lambda k: {"image": k}, solvers.RK4(), trace="hutchinson")
+ESTIMATED = FlowDequantizer(CONDITIONAL, lambda k: {"image": k}, trace="hutchinson")
 
 
 @pytest.mark.parametrize(
