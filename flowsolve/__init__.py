@@ -12,12 +12,13 @@ from flowsolve import (
     problems,
     solvers,
     training,
+    transforms,
 )
 from flowsolve._version import __version__
 from flowsolve.flow import Flow
 from flowsolve.integrate import encode, sample
 from flowsolve.inversion import RoundTrip, round_trip
-from flowsolve.likelihood import bits_per_dim, log_prob, sample_log_prob
+from flowsolve.likelihood import bits_per_dim, log_prob, sample_log_prob, variational_bound
 from flowsolve.ode import solve
 from flowsolve.predictions import Estimate, Prediction, Row
 from flowsolve.snapshot import Snapshot
@@ -53,4 +54,6 @@ __all__ = [
     "solve",
     "solvers",
     "training",
+    "transforms",
+    "variational_bound",
 ]

@@ -24,6 +24,7 @@ from flowsolve._batch import send, state_dtype
 from flowsolve.checks import CheckReport, check
 from flowsolve.paths import Path, Point
 from flowsolve.predictions import Estimate, Prediction, SingularEstimate, resolve
+from flowsolve.transforms import Latent, Range, Transform
 
 __all__ = ["Flow"]
 
@@ -39,7 +40,10 @@ class Flow:
             tensor of shape (B,)) to the network's time.
         dtype: the floating dtype it is fed; by default that of its first parameter, or of x if it has none. Time is
             of the same dtype, float32 at least.
-        data_range: the interval that the data's full integer range is mapped to, for `bits_per_dim`.
+        data_range: short for `transform=Range(*data_range)`: the interval that holds the levels of integer data; by
+            default (−1, 1).
+        transform: how integer data become the states the flow models, for `bits_per_dim` and for writing pictures, or
+            the scale of the codes it models; see `flowsolve.transforms`.
         nfe_per_call: network evaluations that one call costs (2 for guidance that runs the network twice).
 
     Raises:
@@ -61,7 +65,8 @@ class Flow:
         *,
         time: str | Callable[[Any], Any] = "flow",
         dtype: torch.dtype | None = None,
-        data_range: tuple[float, float] = (-1.0, 1.0),
+        data_range: tuple[float, float] | None = None,
+        transform: Transform | Latent | None = None,
         nfe_per_call: int = 1,
     ) -> None:
         if not callable(net):
@@ -80,12 +85,16 @@ class Flow:
             self.clock = time
         else:
             raise TypeError(f"time = {time!r}; expected 'flow', 'native' or a function of flow time")
-        if len(data_range) != 2 or not data_range[0] < data_range[1]:
-            raise ValueError(f"data_range = {data_range!r}; expected (low, high) with low < high")
+        if transform is not None and not isinstance(transform, Transform | Latent):
+            raise TypeError(f"transform is {transform!r}; expected a flowsolve.transforms object such as Range(-1, 1)")
+        if transform is not None and data_range is not None:
+            raise TypeError(f"data_range = {data_range!r} and transform = {transform!r} say the same; give one")
         if nfe_per_call < 1:
             raise ValueError(f"nfe_per_call = {nfe_per_call!r}; expected at least 1")
         self._dtype = dtype
-        self.data_range = data_range
+        self.transform = transform or Range()
+        if data_range is not None:
+            self.data_range = data_range
         self.nfe_per_call = nfe_per_call
         if self.prediction.singular(path.at(0.5)):
             raise SingularEstimate(
@@ -102,6 +111,17 @@ class Flow:
         if self._dtype is not None or not isinstance(self.net, nn.Module):
             return self._dtype
         return next((p.dtype for p in self.net.parameters() if p.dtype.is_floating_point), None)
+
+    @property
+    def data_range(self) -> tuple[float, float]:
+        """Lowest and highest state that the transform gives to data; setting it declares `Range(low, high)`."""
+        return self.transform.ends()
+
+    @data_range.setter
+    def data_range(self, ends: tuple[float, float]) -> None:
+        if len(ends) != 2 or not ends[0] < ends[1]:
+            raise ValueError(f"data_range = {ends!r}; expected (low, high) with low < high")
+        self.transform = Range(*ends)
 
     def require(self, t: float, what: str = "the grid") -> None:
         """Raise SingularEstimate unless an estimate exists at flow time t."""

@@ -7,6 +7,7 @@ that an edit will lose. Error estimates of one direction do not show it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +32,8 @@ class RoundTrip:
         latent: the state at the noise end, shape (B, *S).
         x: the state after the way back, shape (B, *S).
         error: root mean square of x less the data, float64 of shape (B,).
-        psnr: 20 log₁₀(range/error), in dB, with the flow's `data_range`; float64 of shape (B,).
+        psnr: 20 log₁₀(range/error), in dB, with the flow's `data_range`; NaN if that is infinite (codes); float64
+            of shape (B,).
         latent_std: root mean square of the latent over the path's prior_std; 1 on average where the model fits.
         nfe: network evaluations of both ways, int64 of shape (B,).
     """
@@ -86,11 +88,12 @@ def round_trip(
     back = sample(flow, start=there.x, solver=solver, cond=cond, interval=interval[::-1], grid=grid, **options)
     error = rows(back.x - x.to(back.x)).double().square().mean(1).sqrt()
     low, high = flow.data_range
+    span = high - low if math.isfinite(high - low) else math.nan
     return RoundTrip(
         there.x,
         back.x,
         error,
-        20.0 * torch.log10((high - low) / error),
+        20.0 * torch.log10(span / error),
         rows(there.x).double().square().mean(1).sqrt() / flow.path.prior_std,
         there.nfe + back.nfe,
     )
