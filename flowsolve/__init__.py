@@ -1,6 +1,6 @@
 """Numerical ODE and SDE solvers for generative flows."""
 
-from flowsolve import adapters, batching, charts, grids, kernels, paths, predictions, problems, solvers, training
+from flowsolve import adapters, batching, charts, grids, kernels, paths, predictions, problems, runs, solvers, training
 from flowsolve._version import __version__
 from flowsolve.flow import Flow
 from flowsolve.integrate import encode, sample
@@ -35,6 +35,7 @@ __all__ = [
     "predictions",
     "problems",
     "round_trip",
+    "runs",
     "sample",
     "solve",
     "solvers",

@@ -1,7 +1,10 @@
 """Long runs over data sets and many samples: stopped at any point, they go on without losing or repeating an item, and
-any number of processes share them with the same results to the last bit (`flowsolve.runs.engine`)."""
+any number of processes share them with the same results to the last bit (`flowsolve.runs.engine`).
+"""
 
 from flowsolve.runs.errors import ItemError, RunError
+from flowsolve.runs.inverting import invert
 from flowsolve.runs.nll import nll
+from flowsolve.runs.sampling import sample, start_time
 
-__all__ = ["ItemError", "RunError", "nll"]
+__all__ = ["ItemError", "RunError", "invert", "nll", "sample", "start_time"]

@@ -3,10 +3,10 @@
 | data | items | name of an item |
 |---|---|---|
 | folder, or one image file | PNG and JPEG files of grey or RGB images, in the order of their paths | its path |
-| `.npy`, `.npz`, `.npz:KEY` | integers (N, C, H, W), (N, H, W, C) or (N, H, W); memory-mapped unless compressed | its number |
+| `.npy`, `.npz`, `.npz:KEY` | integers (N, C, H, W), (N, H, W, C), (N, H, W); mapped unless compressed | its number |
 | `digits`, `digits:held_out`, `digits:train` | scikit-learn's 8×8 digits | its number |
 | tensor, array, torch Dataset | integers (C, H, W), alone or first in a tuple | its number |
-| iterator, DataLoader | batches (n, C, H, W), alone or first in a tuple; the same ones whenever it is started | its number |
+| iterator, DataLoader | batches (n, C, H, W), alone or first in a tuple; the same ones each time | its number |
 
 An item that cannot be read is an `ItemError` that names it, returned in its place so that the others can go on.
 """
@@ -17,7 +17,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ Batch = tuple[int, int, list[Item]]
 """The number of a batch, the number of its first item, and its items."""
 
 
-class Data(Protocol):
+class Data:
     """Images in a fixed order.
 
     Attributes:
@@ -45,51 +45,32 @@ class Data(Protocol):
     """
 
     count: int | None
-    levels: int | None
-    identity: dict[str, Any]
-    indexed: bool
-
-    def name(self, index: int) -> str:
-        """What an item is called."""
-        ...
-
-    def read(self, index: int) -> Item:
-        """One image of shape (C, H, W), or why there is none."""
-        ...
-
-    def shape(self) -> tuple[int, ...] | None:
-        """The shape of the first image that can be read."""
-        ...
-
-    def batches(self, size: int, wanted: Callable[[int], bool]) -> Iterator[Batch]:
-        """The wanted batches of `size` items each (the last may be smaller)."""
-        ...
-
-
-class _Indexed:
-    """What data that can be read in any order have in common."""
-
-    count: int
     levels: int | None = None
+    identity: dict[str, Any]
     indexed = True
 
     def name(self, index: int) -> str:
+        """What an item is called."""
         return str(index)
 
     def read(self, index: int) -> Item:
-        raise NotImplementedError
+        """One image of shape (C, H, W), or why there is none."""
+        raise TypeError("an iterator cannot be read by number")
 
     def shape(self) -> tuple[int, ...] | None:
-        images = (self.read(i) for i in range(self.count))
+        """The shape of the first image that can be read."""
+        images = (self.read(i) for i in range(self.count or 0))
         return next((tuple(x.shape) for x in images if isinstance(x, Tensor)), None)
 
     def batches(self, size: int, wanted: Callable[[int], bool]) -> Iterator[Batch]:
-        for number in filter(wanted, range(-(-self.count // size))):
+        """The wanted batches of `size` items each (the last may be smaller)."""
+        count = self.count or 0
+        for number in filter(wanted, range(-(-count // size))):
             first = number * size
-            yield number, first, [self.read(i) for i in range(first, min(self.count, first + size))]
+            yield number, first, [self.read(i) for i in range(first, min(count, first + size))]
 
 
-class Folder(_Indexed):
+class Folder(Data):
     """Image files below a directory, in the order of their paths; or those listed."""
 
     def __init__(self, root: Path, limit: int | None = None, files: Sequence[Path] | None = None) -> None:
@@ -113,7 +94,7 @@ class Folder(_Indexed):
         return next((s for name in self.names if (s := header(self.root / name)) is not None), None)
 
 
-class Items(_Indexed):
+class Items(Data):
     """A sequence of images: a tensor, an array, a torch Dataset."""
 
     def __init__(
@@ -142,24 +123,15 @@ class Items(_Indexed):
         return signed(self.place(item))
 
 
-class Stream:
+class Stream(Data):
     """Batches of images from an iterator, cut to the run's batches. It is gone through again whenever a run goes on."""
 
-    indexed, levels = False, None
+    indexed = False
 
     def __init__(self, chunks: Iterable[Any], limit: int | None = None) -> None:
         self.chunks, self.limit = chunks, limit
-        self.count: int | None = None
+        self.count = None
         self.identity = {"kind": "iterator", "limit": limit}
-
-    def name(self, index: int) -> str:
-        return str(index)
-
-    def read(self, index: int) -> Item:
-        raise TypeError("an iterator cannot be read by number")
-
-    def shape(self) -> tuple[int, ...] | None:
-        return None
 
     def batches(self, size: int, wanted: Callable[[int], bool]) -> Iterator[Batch]:
         held: list[Item] = []
@@ -246,6 +218,6 @@ def _named(data: str | Path, limit: int | None, layout: str) -> Data:
         images = digits.load(split or "all").images  # type: ignore[arg-type]
         return Items(images, text, limit, "nchw", digits.LEVELS)
     raise FileNotFoundError(
-        f"there is no {text!r}; expected a folder of images, an image, a .npy or .npz file, or one of the names digits, "
-        "digits:train, digits:held_out"
+        f"there is no {text!r}; expected a folder of images, an image, a .npy or .npz file, or one of the names "
+        "digits, digits:train, digits:held_out"
     )

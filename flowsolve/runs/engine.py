@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -31,7 +31,7 @@ PARTS = "parts"
 POLICIES = ("stop", "skip")
 
 
-class Task(Protocol):
+class Task:
     """What is computed.
 
     Attributes:
@@ -44,16 +44,16 @@ class Task(Protocol):
     name: str
     settings: dict[str, Any]
     columns: Mapping[str, str]
-    value: str | None
+    value: str | None = None
 
     @property
     def batches(self) -> int | None:
         """How many batches there are; None if only the end will tell."""
-        ...
+        raise NotImplementedError
 
     def work(self, wanted: Callable[[int], bool]) -> Iterator[tuple[int, list[Row]]]:
         """The rows of the wanted batches, in order."""
-        ...
+        raise NotImplementedError
 
 
 def execute(

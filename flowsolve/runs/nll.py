@@ -8,7 +8,7 @@ of the dequantisation and of the trace probes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from flowsolve._arguments import device_of
 from flowsolve.flow import Flow
 from flowsolve.likelihood import bits_per_dim
 from flowsolve.runs.data import Data, Item, open_data
-from flowsolve.runs.engine import check_batch, environment, execute, threads
+from flowsolve.runs.engine import Task, check_batch, environment, execute, threads
 from flowsolve.runs.errors import ItemError, RunError
 from flowsolve.runs.networks import event_shape, placed
 from flowsolve.runs.parts import Parts, Row
@@ -127,13 +127,14 @@ def nll(
         return report(parts, out, task.settings, source, machine, columns=task.columns, parquet=parquet)
 
 
-class _Reading:
+class _Reading(Task):
     """The task."""
 
     name = "nll"
     value = "bpd"
-    columns = dict(name="TEXT", digest="TEXT", bpd="REAL", nfe="INTEGER", status="TEXT", error="TEXT")
-    settings: dict[str, Any]
+    columns: Mapping[str, str] = dict(
+        name="TEXT", digest="TEXT", bpd="REAL", nfe="INTEGER", status="TEXT", error="TEXT"
+    )
     options: dict[str, Any]
 
     def __init__(self, flow: Flow, source: Data, batch: int, on_error: str, levels: int) -> None:
@@ -224,7 +225,7 @@ def _unchanged(source: Data, parts: Parts, out: Path) -> None:
         item = source.read(index) if index < (source.count or 0) else None
         if source.name(index) == name and isinstance(item, Tensor) and digest(item) != was:
             raise RunError(
-                f"{name} has changed since its result was written in {out}: the data are not the same; restore them, or "
-                "choose another directory",
+                f"{name} has changed since its result was written in {out}: the data are not the same; restore them, "
+                "or choose another directory",
                 out,
             )

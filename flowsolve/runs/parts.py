@@ -113,7 +113,9 @@ class Parts:
                 file = self.where[batch]
                 if file not in open_:
                     open_[file] = stack.enter_context(_reading(file))
-                first, size = open_[file].execute("SELECT first, size FROM batches WHERE number = ?", (batch,)).fetchone()
+                first, size = (
+                    open_[file].execute("SELECT first, size FROM batches WHERE number = ?", (batch,)).fetchone()
+                )
                 query = f"SELECT {columns} FROM items WHERE idx >= ? AND idx < ? ORDER BY idx"
                 yield from open_[file].execute(query, (first, first + size))
 

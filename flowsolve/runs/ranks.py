@@ -32,8 +32,8 @@ class Rank:
     def __post_init__(self) -> None:
         if not 0 <= self.number < self.world:
             raise ValueError(
-                f"RANK = {self.number} and WORLD_SIZE = {self.world}; expected 0 <= RANK < WORLD_SIZE, as torchrun sets "
-                "them"
+                f"RANK = {self.number} and WORLD_SIZE = {self.world}; expected 0 <= RANK < WORLD_SIZE, as torchrun "
+                "sets them"
             )
 
     @classmethod
@@ -61,12 +61,12 @@ class Rank:
         if asked is None:
             return None
         device = torch.device(asked)
-        if device.type != "cuda" or device.index is not None:
+        if str(device) != "cuda":
             return device
         count = torch.cuda.device_count()
         if self.local >= count:
             raise ValueError(
-                f"LOCAL_RANK = {self.local}, but this machine has {count} CUDA devices; start at most {count} processes "
-                "a machine, or use device='cpu'"
+                f"LOCAL_RANK = {self.local}, but this machine has {count} CUDA devices; start at most {count} "
+                "processes a machine, or use device='cpu'"
             )
         return torch.device("cuda", self.local)

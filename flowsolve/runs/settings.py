@@ -62,7 +62,7 @@ def digest(*tensors: Tensor | np.ndarray[Any, Any]) -> str:
     for tensor in tensors:
         t = torch.as_tensor(tensor).detach().cpu().contiguous()
         found.update(f"{t.dtype} {tuple(t.shape)};".encode())
-        found.update(memoryview(t.reshape(-1).view(torch.uint8).numpy()))
+        found.update(t.reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()[:16]
 
 
