@@ -34,11 +34,12 @@ def nll(
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.")] = None,
     on_error: Annotated[str, typer.Option(help="An image that cannot be used: stop, or skip it.")] = "stop",
     resume: Annotated[bool, typer.Option(help="Go on with the run in --out, if there is one.")] = True,
+    plot: Annotated[bool, typer.Option(help="Draw report.png.")] = True,
     parquet: Annotated[bool, typer.Option("--parquet", help="Write results.parquet too.")] = False,
     progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
 ) -> None:
     """Bits/dim of a data set; stopped at any point, the same command goes on. torchrun shares it."""
-    unsaid = ("checkpoint", "data", "out", "progress", "resume", "parquet")
+    unsaid = ("checkpoint", "data", "out", "progress", "resume", "plot", "parquet")
     given = {k: v for k, v in locals().items() if k not in unsaid}
     with one_line("nll", out):
         from flowsolve.runs import names
@@ -51,7 +52,7 @@ def nll(
         report = run(
             flow, data, out, solver=method, batch=batch, limit=limit, layout=layout, bits=bits, levels=levels,
             dequantize=dequantize, importance=importance, seed=seed, device=place, cpu_threads=threads,
-            on_error=on_error, resume=resume, progress=progress, parquet=parquet,
+            on_error=on_error, resume=resume, progress=progress, plot=plot, parquet=parquet,
             notes={"command": command("nll", (checkpoint, data), given)}, **options,
         )  # fmt: skip
     if report is not None:
@@ -71,4 +72,5 @@ def _tell(report: dict[str, Any], out: Path) -> None:
         typer.echo(f"worst     {worst['bpd']:.4f}  {worst['name']}")
     if missing := report["left_out"]:
         typer.echo(f"left out  {len(missing)}: {missing[0]['name']}: {missing[0]['error']}")
-    typer.echo(f"{out}: results.sqlite, report.json, report.png")
+    files = [f for f in ("results.sqlite", "results.parquet", "report.json", "report.png") if (out / f).exists()]
+    typer.echo(f"{out}: {', '.join(files)}")

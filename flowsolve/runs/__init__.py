@@ -5,6 +5,7 @@ any number of processes share them with the same results to the last bit (`flows
 from flowsolve.runs.errors import ItemError, RunError
 from flowsolve.runs.inverting import invert
 from flowsolve.runs.nll import nll
+from flowsolve.runs.ranks import Rank
 from flowsolve.runs.sampling import sample, start_time
 
-__all__ = ["ItemError", "RunError", "invert", "nll", "sample", "start_time"]
+__all__ = ["ItemError", "Rank", "RunError", "invert", "nll", "sample", "start_time"]

@@ -51,7 +51,7 @@ class Data:
 
     def name(self, index: int) -> str:
         """What an item is called."""
-        return str(index)
+        return f"image {index}"
 
     def read(self, index: int) -> Item:
         """One image of shape (C, H, W), or why there is none."""

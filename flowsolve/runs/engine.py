@@ -51,6 +51,9 @@ class Task:
         """How many batches there are; None if only the end will tell."""
         raise NotImplementedError
 
+    def resumed(self, known: Parts, out: Path) -> None:
+        """Raise RunError unless what is finished belongs to this task."""
+
     def work(self, wanted: Callable[[int], bool]) -> Iterator[tuple[int, list[Row]]]:
         """The rows of the wanted batches, in order."""
         raise NotImplementedError
@@ -89,6 +92,7 @@ def execute(
     folder.mkdir(exist_ok=True)
     with Part(folder, rank.number, task.columns) as part, bar:
         known = Parts(folder)
+        task.resumed(known, out)
         names = ["idx", *task.columns]
         value, nfe = names.index(task.value) if task.value else None, names.index("nfe")
         bar.resumed(known.rows(f"{task.value or 'NULL'}, nfe", rank.mine))

@@ -89,8 +89,11 @@ def _read(file: Path, out: Path) -> Any:
 
 def _differences(old: Any, new: Any) -> Iterator[str]:
     """`name: old → new` for every setting that is not the same."""
-    for part in ("task", "settings", "versions"):
-        yield from _compare("" if part != "task" else "task", old.get(part), new.get(part))
+    if old.get("task") != new["task"]:
+        yield from _compare("task", old.get("task"), new["task"])
+        return
+    for part in ("settings", "versions"):
+        yield from _compare("", old.get(part), new[part])
 
 
 def _compare(name: str, old: Any, new: Any) -> Iterator[str]:

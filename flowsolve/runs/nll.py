@@ -25,7 +25,7 @@ from flowsolve.runs.networks import event_shape, placed
 from flowsolve.runs.parts import Parts, Row
 from flowsolve.runs.progress import Progress
 from flowsolve.runs.ranks import Rank
-from flowsolve.runs.report import report
+from flowsolve.runs.report import needed, report
 from flowsolve.runs.settings import digest, fingerprint, spell
 from flowsolve.solution import SolverError
 from flowsolve.solvers.base import Solver
@@ -55,6 +55,7 @@ def nll(
     on_error: str = "stop",
     resume: bool = True,
     progress: bool = False,
+    plot: bool = True,
     parquet: bool = False,
     notes: dict[str, Any] | None = None,
     **options: Any,
@@ -79,6 +80,7 @@ def nll(
         on_error: what becomes of an image that cannot be read or solved: "stop" the run, or "skip" it and note why.
         resume: go on with the run that is in `out`, if there is one.
         progress: show a progress bar (rank 0).
+        plot: draw report.png (needs matplotlib).
         parquet: write results.parquet too (needs pyarrow).
         notes: kept in the manifest.
         **options: passed to `flowsolve.bits_per_dim` (trace, probes, nfe, grid, chart, …).
@@ -93,6 +95,7 @@ def nll(
         ValueError: bad options, or images that the flow does not take.
     """
     check_batch(batch, on_error)
+    needed(plot, parquet)  # before the work, not after it
     rank, out = Rank.here(), Path(out)
     flow = placed(flow, rank.device(device))
     source = open_data(data, limit=limit, layout=layout)
@@ -119,12 +122,11 @@ def nll(
     name = "nll" if rank.world == 1 else f"nll, rank {rank.number} of {rank.world}"
     bar = Progress(name, share, unit="bits/dim", show=progress and rank.number == 0)
     with threads(count):
-        _unchanged(source, Parts(out / "parts"), out)
         parts = execute(task, out, rank=rank, resume=resume, bar=bar, notes=notes or {})
         if parts is None:
             return None
         machine = environment(device_of(flow.net))
-        return report(parts, out, task.settings, source, machine, columns=task.columns, parquet=parquet)
+        return report(parts, out, task.settings, source, machine, columns=task.columns, plot=plot, parquet=parquet)
 
 
 class _Reading(Task):
@@ -148,6 +150,20 @@ class _Reading(Task):
     def batches(self) -> int | None:
         """How many there are, as soon as it is known."""
         return None if self.source.count is None else -(-self.source.count // self.batch)
+
+    def resumed(self, known: Parts, out: Path) -> None:
+        """Read some of the finished images again: they must be what they were."""
+        if not self.source.indexed or not known.where:
+            return
+        rows = [row for row in known.rows("idx, name, digest") if row[2] is not None]
+        for index, name, was in rows[:: max(1, len(rows) // CHECKED)]:
+            item = self.source.read(index)
+            if isinstance(item, Tensor) and digest(item) != was:
+                raise RunError(
+                    f"{name} has changed since its result was written in {out}: the data are not the same; restore "
+                    "them, or choose another directory",
+                    out,
+                )
 
     def work(self, wanted: Callable[[int], bool]) -> Iterator[tuple[int, list[Row]]]:
         """The rows of each wanted batch; an image that has none is stepped over or ends the run."""
@@ -214,18 +230,3 @@ class _Reading(Task):
 def _size(shape: Any) -> str:
     """C×H×W."""
     return "×".join(str(n) for n in shape)
-
-
-def _unchanged(source: Data, parts: Parts, out: Path) -> None:
-    """Raise RunError if images that are finished are no longer what they were; some of them are read."""
-    if not source.indexed or not parts.where:
-        return
-    rows = [row for row in parts.rows("idx, name, digest") if row[2] is not None]
-    for index, name, was in rows[:: max(1, len(rows) // CHECKED)]:
-        item = source.read(index) if index < (source.count or 0) else None
-        if source.name(index) == name and isinstance(item, Tensor) and digest(item) != was:
-            raise RunError(
-                f"{name} has changed since its result was written in {out}: the data are not the same; restore them, "
-                "or choose another directory",
-                out,
-            )

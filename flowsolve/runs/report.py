@@ -19,7 +19,7 @@ from flowsolve.runs.files import replacing, write_json
 from flowsolve.runs.parts import Parts
 from flowsolve.runs.settings import versions
 
-__all__ = ["merge", "report", "summary"]
+__all__ = ["merge", "needed", "report", "summary"]
 
 EXTREMES = 10
 """Images that are named and shown at either end."""
@@ -33,7 +33,8 @@ def report(
     machine: Mapping[str, Any],
     *,
     columns: Mapping[str, str],
-    parquet: bool = False,
+    plot: bool,
+    parquet: bool,
 ) -> dict[str, Any]:
     """Write results.sqlite, report.json and report.png (and results.parquet) of a finished run.
 
@@ -45,9 +46,18 @@ def report(
         _parquet(parts, out / "results.parquet", columns)
     found = {"task": "nll", **summary(parts), "settings": settings, "versions": versions(), "environment": machine}
     found["seconds"] = round(parts.seconds, 3)
-    _draw(out / "report.png", parts, found, source)
+    if plot:
+        _draw(out / "report.png", parts, found, source)
     write_json(out / "report.json", found)
     return json.loads((out / "report.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+
+def needed(plot: bool, parquet: bool) -> None:
+    """Raise ImportError unless the packages that the report will need are there."""
+    if plot:
+        require("matplotlib.figure", "runs", "the picture of a report")
+    if parquet:
+        require("pyarrow.parquet", "runs", "a Parquet table")
 
 
 def merge(parts: Parts, file: Path, columns: Mapping[str, str]) -> None:

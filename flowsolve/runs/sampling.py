@@ -34,6 +34,7 @@ from flowsolve.runs.data import Data, open_data
 from flowsolve.runs.engine import Task, check_batch, environment, execute, threads
 from flowsolve.runs.errors import ItemError
 from flowsolve.runs.files import naming, write_json
+from flowsolve.runs.images import pillow
 from flowsolve.runs.networks import event_shape, placed
 from flowsolve.runs.parts import Parts, Row
 from flowsolve.runs.progress import Progress
@@ -114,6 +115,8 @@ def sample(
     task.options = dict(solver=solver, nfe=nfe, seed=seed, **options)
     task.raw = raw or not pictures.is_image(event)
     task.folder = out / "images" if png and pictures.is_image(event) else None
+    if pictures.is_image(event):
+        pillow()  # before the work, not after it
     beginning: dict[str, Any] = {}
     if source is not None and strength is not None:
         t = start_time(flow, strength)
