@@ -4,7 +4,7 @@ any number of processes share them with the same results to the last bit (`flows
 
 from flowsolve.runs.errors import ItemError, RunError
 from flowsolve.runs.inverting import invert
-from flowsolve.runs.nll import nll
+from flowsolve.runs.measuring import nll
 from flowsolve.runs.ranks import Rank
 from flowsolve.runs.sampling import sample, start_time
 

@@ -13,7 +13,7 @@ from torch import Tensor
 __all__ = ["LAYOUTS", "mapped", "planes"]
 
 LAYOUTS = ("auto", "nchw", "nhwc")
-CHANNELS = (1, 3, 4)
+CHANNELS = (1, 3)
 KEYS = ("images", "arr_0", "data", "x")
 
 
@@ -26,8 +26,8 @@ def mapped(file: Path, key: str = "") -> Any:
     try:
         if file.suffix == ".npy":
             return _whole(np.load(file, mmap_mode="r", allow_pickle=False))
-        with np.load(file, allow_pickle=False) as held:
-            names = list(held.files)
+        with zipfile.ZipFile(file) as archive:
+            names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
         if not key:
             key = next((k for k in KEYS if k in names), names[0] if len(names) == 1 else "")
         if key not in names:

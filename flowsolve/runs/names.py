@@ -53,7 +53,7 @@ def solver(text: str) -> Solver | Auto:
     try:
         return made(**options)  # type: ignore[no-any-return]
     except TypeError as error:
-        raise ValueError(f"solver {text!r}: {error}") from error
+        raise ValueError(f"solver {text!r} has a value of the wrong kind: {error}") from error
 
 
 def grid(text: str) -> Any:

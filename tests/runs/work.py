@@ -1,7 +1,7 @@
 """A run for other processes: `python work.py OUT`, or under torchrun. What it does is in the environment.
 
 WORK_CALL   seconds that a network call sleeps, so that a kill finds the run at work
-WORK_FAULT  POINT:COMMIT: kill this process at its n-th commit, "before", "inside" or "after" the transaction
+WORK_FAULT  POINT:COMMIT: kill this process at its n-th commit, "inside" or "after" the transaction
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def fault(point: str, at: int) -> None:
         if done == at and point == "inside":
             self.db.execute("BEGIN IMMEDIATE")
             self.db.executemany(self._insert, rows)
-        elif done != at or point == "after":
+        else:
             commit(self, number, rows, seconds)
         if done == at:
             os.kill(os.getpid(), signal.SIGKILL)
