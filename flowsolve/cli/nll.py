@@ -31,7 +31,7 @@ def nll(
     limit: Annotated[int | None, typer.Option(min=1, help="The first so many images only.")] = None,
     layout: Annotated[str, typer.Option(help="Axes of arrays: auto, nchw or nhwc.")] = "auto",
     device: Annotated[str | None, typer.Option(help="Device; by default CUDA where there is one.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch, in each process.")] = 1,
     on_error: Annotated[str, typer.Option(help="An image that cannot be used: stop, or skip it.")] = "stop",
     resume: Annotated[bool, typer.Option(help="Go on with the run in --out, if there is one.")] = True,
     plot: Annotated[bool, typer.Option(help="Draw report.png.")] = True,

@@ -36,7 +36,7 @@ def sample(
     raw: Annotated[bool, typer.Option(help="Keep the numbers beside the pixels.")] = False,
     png: Annotated[bool, typer.Option(help="Write a PNG file for each image.")] = True,
     device: Annotated[str | None, typer.Option(help="Device; by default CUDA where there is one.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch, in each process.")] = 1,
     on_error: Annotated[str, typer.Option(help="A sample that fails: stop, or skip it.")] = "stop",
     resume: Annotated[bool, typer.Option(help="Go on with the run in --out, if there is one.")] = True,
     progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,

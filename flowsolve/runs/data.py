@@ -53,6 +53,10 @@ class Data:
         """What an item is called."""
         return f"image {index}"
 
+    def origin(self, index: int) -> str:
+        """Where it is, for a message."""
+        return self.name(index)
+
     def read(self, index: int) -> Item:
         """One image of shape (C, H, W), or why there is none."""
         raise TypeError("an iterator cannot be read by number")
@@ -86,6 +90,9 @@ class Folder(Data):
 
     def name(self, index: int) -> str:
         return self.names[index]
+
+    def origin(self, index: int) -> str:
+        return str(self.root / self.names[index])
 
     def read(self, index: int) -> Item:
         return integers(self.root / self.names[index])

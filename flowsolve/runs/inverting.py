@@ -77,7 +77,7 @@ def invert(
             raise item
         if items and item.shape != items[0].shape:
             raise ItemError(
-                source.name(index), f"its shape is {tuple(item.shape)}; expected {tuple(items[0].shape)}, the first's"
+                source.origin(index), f"its shape is {tuple(item.shape)}; expected {tuple(items[0].shape)}, the first's"
             )
         items.append(item)
     x = pictures.data(flow, torch.stack(items), source.levels or pictures.LEVELS).to(device_of(flow.net))

@@ -32,8 +32,12 @@ from flowsolve.solvers.base import Solver
 
 __all__ = ["nll"]
 
+LEVELS = 256
 CHECKED = 32
 """Finished images that are read again, and compared with their digests, when a run goes on."""
+
+ERRORS = ("probe_stderr", "draw_stderr", "solver_error")
+"""Columns for what `BitsPerDim` says of an image's own errors, where it does."""
 
 
 def nll(
@@ -51,7 +55,7 @@ def nll(
     importance: int = 1,
     seed: int = 0,
     device: str | torch.device | None = None,
-    cpu_threads: int | None = None,
+    cpu_threads: int = 1,
     on_error: str = "stop",
     resume: bool = True,
     progress: bool = False,
@@ -76,7 +80,8 @@ def nll(
         importance: see `flowsolve.bits_per_dim`.
         seed: key of the dequantisation and of the trace probes.
         device: where to compute, by default where the network is; "cuda" is that of LOCAL_RANK.
-        cpu_threads: threads of torch, by default as many as it has.
+        cpu_threads: threads of torch in a process. Their number decides how sums are rounded, so it is a setting like
+            any other; processes (torchrun) use more cores without changing a bit.
         on_error: what becomes of an image that cannot be read or solved: "stop" the run, or "skip" it and note why.
         resume: go on with the run that is in `out`, if there is one.
         progress: show a progress bar (rank 0).
@@ -102,8 +107,7 @@ def nll(
     if bits is not None and levels is not None:
         raise TypeError(f"bits = {bits} and levels = {levels} both say how many levels there are; give one")
     if levels is None:
-        levels = 2**bits if bits is not None else (source.levels or 256)
-    count = cpu_threads or torch.get_num_threads()
+        levels = 2**bits if bits is not None else (source.levels or LEVELS)
     task = _Reading(flow, source, batch, on_error, levels)
     task.options = dict(solver=solver, dequantize=dequantize, importance=importance, seed=seed, **options)
     task.settings = {
@@ -114,14 +118,14 @@ def nll(
         "batch": batch,
         **{name: spell(value) for name, value in task.options.items()},
         "device": device_of(flow.net).type,
-        "threads": count,
+        "threads": cpu_threads,
     }
     share = None
     if source.count is not None:
         share = sum(min(batch, source.count - b * batch) for b in filter(rank.mine, range(task.batches or 0)))
     name = "nll" if rank.world == 1 else f"nll, rank {rank.number} of {rank.world}"
     bar = Progress(name, share, unit="bits/dim", show=progress and rank.number == 0)
-    with threads(count):
+    with threads(cpu_threads):
         parts = execute(task, out, rank=rank, resume=resume, bar=bar, notes=notes or {})
         if parts is None:
             return None
@@ -134,9 +138,10 @@ class _Reading(Task):
 
     name = "nll"
     value = "bpd"
-    columns: Mapping[str, str] = dict(
-        name="TEXT", digest="TEXT", bpd="REAL", nfe="INTEGER", status="TEXT", error="TEXT"
-    )
+    columns: Mapping[str, str] = {
+        **dict(name="TEXT", digest="TEXT", bpd="REAL", nfe="INTEGER", status="TEXT", error="TEXT"),
+        **dict.fromkeys(ERRORS, "REAL"),
+    }
     options: dict[str, Any]
 
     def __init__(self, flow: Flow, source: Data, batch: int, on_error: str, levels: int) -> None:
@@ -171,51 +176,55 @@ class _Reading(Task):
             yield number, self._rows(first, items)
 
     def _rows(self, first: int, items: list[Item]) -> list[Row]:
-        checked = [self._checked(first + i, item) for i, item in enumerate(items)]
-        if self.on_error == "stop":
-            for item in checked:
-                if isinstance(item, ItemError):
-                    raise item
-        good = [first + i for i, item in enumerate(checked) if isinstance(item, Tensor)]
-        found = dict(zip(good, self._solved(good, [x for x in checked if isinstance(x, Tensor)]), strict=True))
+        checked = {index: self._checked(index, item) for index, item in enumerate(items, first)}
+        for item in checked.values():
+            if isinstance(item, ItemError) and self.on_error == "stop":
+                raise item
+        found = self._solved({index: item for index, item in checked.items() if isinstance(item, Tensor)})
         rows: list[Row] = []
-        for index, item in enumerate(checked, first):
-            name = self.source.name(index)
+        for index, item in checked.items():
+            head = (index, self.source.name(index))
             if isinstance(item, ItemError):
-                rows.append((index, name, None, None, None, "unreadable", item.reason))
-                continue
-            bpd, nfe, failure = found[index]
-            if failure and self.on_error == "stop":
-                raise ItemError(name, failure)
-            bpd_or_none = None if failure else bpd
-            rows.append((index, name, digest(item), bpd_or_none, nfe, "failed" if failure else "success", failure))
+                rows.append((*head, None, None, None, "unusable", item.reason, *[None] * len(ERRORS)))
+            else:
+                rows.append((*head, digest(item), *found[index]))
         return rows
 
-    def _solved(self, good: list[int], images: list[Tensor]) -> list[tuple[float, int, str | None]]:
-        """Bits/dim, evaluations and what went wrong, of each image."""
-        if not good:
-            return []
-        x = torch.stack(images).to(self.device)
-        call = dict(levels=self.levels, samples=good, **self.options)
-        failures: list[str | None] = [None] * len(good)
+    def _solved(self, images: dict[int, Tensor]) -> dict[int, Row]:
+        """What a row says of each image's solve: bits/dim, evaluations, status, what went wrong, its errors."""
+        if not images:
+            return {}
+        x = torch.stack(list(images.values())).to(self.device)
+        call = dict(levels=self.levels, samples=list(images), **self.options)
+        failed: dict[int, str] = {}
         try:
             found = bits_per_dim(self.flow, x, **call)
         except SolverError as error:
-            messages = error.solution.messages
-            for i in error.samples:
-                failures[i] = f"the solve {messages[i]}"
+            failed = {i: f"the solve {error.solution.messages[i]}" for i in error.samples}
+            self._stop(images, failed)
             found = bits_per_dim(self.flow, x, throw=False, **call)
         values = found.bpd.tolist()
-        for i, value in enumerate(values):
-            if not math.isfinite(value) and failures[i] is None:
-                failures[i] = f"bits/dim is {value}"
-        return list(zip(values, found.nfe.tolist(), failures, strict=True))
+        failed |= {i: f"bits/dim is {v}" for i, v in enumerate(values) if not math.isfinite(v) and i not in failed}
+        self._stop(images, failed)
+        errors = [getattr(found, name).tolist() if hasattr(found, name) else [None] * len(x) for name in ERRORS]
+        return {
+            index: (None, nfe, "failed", failed[i], *[None] * len(ERRORS))
+            if i in failed
+            else (bpd, nfe, "success", None, *own)
+            for i, (index, bpd, nfe, *own) in enumerate(zip(images, values, found.nfe.tolist(), *errors, strict=True))
+        }
+
+    def _stop(self, images: dict[int, Tensor], failed: dict[int, str]) -> None:
+        """Raise the first failure, if the run stops at one."""
+        if failed and self.on_error == "stop":
+            i = min(failed)
+            raise ItemError(self.source.origin(list(images)[i]), failed[i])
 
     def _checked(self, index: int, item: Item) -> Item:
         """An image of the shape and levels of the others, or what is wrong with it."""
         if isinstance(item, ItemError):
             return item
-        name = self.source.name(index)
+        name = self.source.origin(index)
         if self.shape is None:
             self.shape = tuple(item.shape)
         if tuple(item.shape) != self.shape:

@@ -75,7 +75,7 @@ def merge(parts: Parts, file: Path, columns: Mapping[str, str]) -> None:
 
 def summary(parts: Parts) -> dict[str, Any]:
     """Mean and spread of the bits/dim, evaluations, the extremes, and what failed."""
-    rows = list(parts.rows("idx, name, bpd, nfe, status, error"))
+    rows = list(parts.rows("idx, name, bpd, nfe, status, error, probe_stderr, draw_stderr"))
     good = [row for row in rows if row[2] is not None]
     values = [row[2] for row in good]
     n = len(values)
@@ -86,6 +86,8 @@ def summary(parts: Parts) -> dict[str, Any]:
     return {
         "mean": mean,
         "stderr": spread,
+        "mean_probe_stderr": _together([row[6] for row in good]),
+        "mean_draw_stderr": _together([row[7] for row in good]),
         "median": median(values) if n else math.nan,
         "images": n,
         "nfe": {
@@ -100,6 +102,12 @@ def summary(parts: Parts) -> dict[str, Any]:
             {"idx": row[0], "name": row[1], "status": row[4], "error": row[5]} for row in rows if row[2] is None
         ],
     }
+
+
+def _together(errors: Sequence[float | None]) -> float | None:
+    """The standard error of a mean from those of its terms, if all are known."""
+    known = [e for e in errors if e is not None]
+    return math.sqrt(math.fsum(e * e for e in known)) / len(known) if known and len(known) == len(errors) else None
 
 
 def _entry(row: Sequence[Any]) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def sample(
     raw: bool = False,
     png: bool = True,
     device: str | torch.device | None = None,
-    cpu_threads: int | None = None,
+    cpu_threads: int = 1,
     on_error: str = "stop",
     resume: bool = True,
     progress: bool = False,
@@ -86,7 +86,8 @@ def sample(
         raw: keep the numbers beside the pixels.
         png: write a PNG file for each image.
         device: where to compute, by default where the network is; "cuda" is that of LOCAL_RANK.
-        cpu_threads: threads of torch, by default as many as it has.
+        cpu_threads: threads of torch in a process. Their number decides how sums are rounded, so it is a setting like
+            any other; processes (torchrun) use more cores without changing a bit.
         on_error: what becomes of a sample that does not reach the end: "stop" the run, or "skip" it and note why.
         resume: go on with the run that is in `out`, if there is one.
         progress: show a progress bar (rank 0).
@@ -122,7 +123,6 @@ def sample(
         t = start_time(flow, strength)
         task.images, task.start = _loaded(flow, source, event), t
         beginning = {"init": {**source.identity, "digest": digest(task.images)}, "strength": strength, "start": t}
-    count = cpu_threads or torch.get_num_threads()
     task.settings = {
         "flow": fingerprint(flow),
         "n": n,
@@ -133,12 +133,12 @@ def sample(
         "raw": task.raw,
         "png": task.folder is not None,
         "device": device_of(flow.net).type,
-        "threads": count,
+        "threads": cpu_threads,
     }
     share = sum(min(batch, n - b * batch) for b in filter(rank.mine, range(task.batches)))
     name = "sample" if rank.world == 1 else f"sample, rank {rank.number} of {rank.world}"
     bar = Progress(name, share, show=progress and rank.number == 0)
-    with threads(count):
+    with threads(cpu_threads):
         parts = execute(task, out, rank=rank, resume=resume, bar=bar, notes=notes or {})
     return None if parts is None else _finish(parts, out, task, notes or {})
 
@@ -236,7 +236,7 @@ def _loaded(flow: Flow, source: Data, event: tuple[int, ...]) -> Tensor:
         if isinstance(item, ItemError):
             raise item
         if tuple(item.shape) != event:
-            raise ItemError(source.name(index), f"its shape is {tuple(item.shape)}; expected {event}")
+            raise ItemError(source.origin(index), f"its shape is {tuple(item.shape)}; expected {event}")
         found.append(item)
     return pictures.data(flow, torch.stack(found), source.levels or pictures.LEVELS)
 

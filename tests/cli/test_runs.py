@@ -38,7 +38,7 @@ def test_nll_of_held_out_digits(tmp_path: Path) -> None:
     assert f"bits/dim  {report['mean']:.4f} ± {report['stderr']:.4f}  (24 images)" in result.output
     assert max(len(line.replace(str(tmp_path), "")) for line in result.output.splitlines()) <= 80
     with sqlite3.connect(tmp_path / "out/results.sqlite") as db:
-        rows = db.execute("SELECT idx, name, digest, bpd, nfe, status, error FROM items").fetchall()
+        rows = db.execute("SELECT * FROM items").fetchall()
     from pyarrow import parquet
 
     columns = parquet.read_table(tmp_path / "out/results.parquet").to_pydict()

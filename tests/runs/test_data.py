@@ -137,7 +137,7 @@ def test_an_image_that_cannot_be_used_stops_the_run_or_is_left_out(tmp_path: Pat
     assert f"The 2 results so far are kept in {out}" in str(error.value)
     left = work.nll(tmp_path / "skipping", on_error="skip", **options)
     assert [e["name"] for e in left["left_out"]] == ["03.png"]
-    assert left["left_out"][0]["status"] == "unreadable"
+    assert left["left_out"][0]["status"] == "unusable"
     assert left["images"] == 6
     file.write_bytes(right)
     assert {k: v for k, v in work.nll(out, **options).items() if k != "seconds"} == {

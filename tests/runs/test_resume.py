@@ -248,3 +248,23 @@ def test_the_manifest_is_made_once(tmp_path: Path) -> None:
     assert not manifest._created(file, {"a": 2})
     assert json.loads(file.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == [manifest.NAME]
+
+
+def test_errors_of_an_image_have_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where `bits_per_dim` says how sure it is of each image."""
+    from flowsolve.runs import measuring
+
+    read = measuring.bits_per_dim
+
+    class Sure:
+        def __init__(self, found: Any, samples: list[int]) -> None:
+            self.bpd, self.nfe = found.bpd, found.nfe
+            self.probe_stderr = torch.tensor(samples) / 8
+
+    monkeypatch.setattr(measuring, "bits_per_dim", lambda *a, **k: Sure(read(*a, **k), k["samples"]))
+    report = work.nll(tmp_path, limit=6)
+    assert report["mean_probe_stderr"] == pytest.approx((0 + 1 + 4 + 9 + 16 + 25) ** 0.5 / 8 / 6)
+    assert report["mean_draw_stderr"] is None
+    with sqlite3.connect(tmp_path / "results.sqlite") as db:
+        rows = db.execute("SELECT probe_stderr, solver_error FROM items ORDER BY idx").fetchall()
+    assert rows == [(i / 8, None) for i in range(6)]
