@@ -15,7 +15,7 @@ def sample(
     out: Annotated[Path, typer.Option(help="Directory of the run: of its images, grid, arrays and metadata.")],
     solver: Annotated[str, typer.Option(help="Solver and its options, as in unipc:order=3.")] = "auto",
     nfe: Annotated[int | None, typer.Option(min=1, help="Evaluations a sample; the most with adaptive.")] = None,
-    n: Annotated[int, typer.Option(min=1, help="Number of samples.")] = 64,
+    n: Annotated[int, typer.Option("--n", "-n", min=1, help="Number of samples.")] = 64,
     seed: Annotated[int, typer.Option(help="Seed of all noise.")] = 0,
     grid: Annotated[str | None, typer.Option(help="Spacing and its options, or flow times as in 0,0.5,1.")] = None,
     chart: Annotated[str | None, typer.Option(help="Chart, for Runge–Kutta solvers.")] = None,

@@ -121,13 +121,10 @@ class Items(Data):
         item = self.items[index]
         while isinstance(item, tuple | list):
             item = item[0]
-        if not isinstance(item, Tensor):
-            item = torch.from_numpy(np.array(item))  # PIL images too
-            if item.ndim == 3 and not hasattr(self.items, "shape"):
-                item = item.permute(2, 0, 1)
-            elif item.ndim == 2 and not hasattr(self.items, "shape"):
-                item = item.unsqueeze(0)
-        return signed(self.place(item))
+        if hasattr(item, "getbands"):  # of PIL
+            pixels = torch.from_numpy(np.array(item))
+            return pixels.reshape(*pixels.shape[:2], -1).permute(2, 0, 1)
+        return signed(self.place(item if isinstance(item, Tensor) else torch.from_numpy(np.array(item))))
 
 
 class Stream(Data):

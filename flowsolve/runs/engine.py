@@ -9,7 +9,6 @@ missing, and makes the final files; nobody waits.
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +17,8 @@ from typing import Any
 
 import torch
 
-from flowsolve.runs.errors import ItemError, RunError
+from flowsolve.bench import record
+from flowsolve.runs.errors import ItemError, RunError, keeping
 from flowsolve.runs.manifest import begin
 from flowsolve.runs.parts import Part, Parts, Row
 from flowsolve.runs.progress import Progress
@@ -87,10 +87,11 @@ def execute(
         FileExistsError: the directory is in use.
     """
     folder = out / PARTS
-    record = {"task": task.name, "settings": task.settings, "versions": versions(), "notes": dict(notes)}
-    begin(out, record, rank, resume=resume, begun=lambda: bool(Parts(folder).where))
-    folder.mkdir(exist_ok=True)
-    with Part(folder, rank.number, task.columns) as part, bar:
+    manifest = {"task": task.name, "settings": task.settings, "versions": versions(), "notes": dict(notes)}
+    begin(out, manifest, rank, resume=resume, begun=lambda: bool(Parts(folder).where))
+    with keeping(out):
+        folder.mkdir(exist_ok=True)
+    with keeping(out), Part(folder, rank.number, task.columns) as part, bar:
         known = Parts(folder)
         task.resumed(known, out)
         names = ["idx", *task.columns]
@@ -134,9 +135,5 @@ def check_batch(batch: int, on_error: str) -> None:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """The machine, for a report."""
-    return {
-        **versions(),
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-    }
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    return {**record.environment(), "device": name}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["ItemError", "RunError"]
+__all__ = ["ItemError", "RunError", "keeping"]
 
 
 class ItemError(ValueError):
@@ -30,3 +32,14 @@ class RunError(RuntimeError):
     def __init__(self, message: str, out: Path) -> None:
         self.out = out
         super().__init__(message)
+
+
+@contextmanager
+def keeping(out: Path) -> Iterator[None]:
+    """Say of an OSError, such as that of a full disk, that it costs nothing that is finished."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{error}. What is finished is kept in {out}; mend that and start the run again to go on", out
+        ) from error

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from flowsolve.runs.ranks import Rank
+
 __all__ = ["naming", "replacing", "write_json"]
 
 
@@ -24,8 +26,11 @@ def naming(file: Path) -> Iterator[None]:
 
 
 def replacing(file: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` make a temporary file, then move it to its place in one step; nothing is left if it fails."""
-    beside = file.with_name(f".{os.getpid()}.{file.name}")  # the suffix stays, since writers choose formats by it
+    """Let `write` make a temporary file, then move it to its place in one step; nothing is left if it fails.
+
+    Its name is this rank's, so that what a kill leaves there is written over when the work is done again.
+    """
+    beside = file.with_name(f".rank-{Rank.here().number:05d}.{file.name}")  # writers choose formats by the suffix
     try:
         with naming(file):
             write(beside)

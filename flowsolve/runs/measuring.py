@@ -20,7 +20,7 @@ from flowsolve.flow import Flow
 from flowsolve.likelihood import bits_per_dim
 from flowsolve.runs.data import Data, Item, open_data
 from flowsolve.runs.engine import Task, check_batch, environment, execute, threads
-from flowsolve.runs.errors import ItemError, RunError
+from flowsolve.runs.errors import ItemError, RunError, keeping
 from flowsolve.runs.networks import event_shape, placed
 from flowsolve.runs.parts import Parts, Row
 from flowsolve.runs.progress import Progress
@@ -130,7 +130,8 @@ def nll(
         if parts is None:
             return None
         machine = environment(device_of(flow.net))
-        return report(parts, out, task.settings, source, machine, columns=task.columns, plot=plot, parquet=parquet)
+        with keeping(out):
+            return report(parts, out, task.settings, source, machine, columns=task.columns, plot=plot, parquet=parquet)
 
 
 class _Reading(Task):

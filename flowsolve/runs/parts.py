@@ -17,7 +17,7 @@ from typing import Any
 
 from flowsolve.runs.errors import RunError
 
-__all__ = ["Part", "Parts", "Row"]
+__all__ = ["Part", "Parts", "Row", "named"]
 
 Row = tuple[Any, ...]
 """The columns of one item, its number first."""
@@ -41,7 +41,7 @@ class Part:
     def __init__(self, folder: Path, number: int, columns: Mapping[str, str]) -> None:
         self.file = folder / f"rank-{number:05d}.sqlite"
         self._insert = f"INSERT INTO items VALUES ({', '.join('?' * (1 + len(columns)))})"
-        with _named(self.file), ExitStack() as stack:
+        with named(self.file, folder.parent), ExitStack() as stack:
             lock = sqlite3.connect(folder / f".rank-{number:05d}.lock", isolation_level=None, timeout=0.0)
             stack.callback(lock.close)
             try:
@@ -78,7 +78,7 @@ class Part:
         Raises:
             RunError: it cannot be written, for example because the disk is full.
         """
-        with _named(self.file), _transaction(self.db):
+        with named(self.file, self.file.parents[1]), _transaction(self.db):
             self.db.executemany(self._insert, rows)
             first = rows[0][0] if rows else None
             self.db.execute("INSERT INTO batches VALUES (?, ?, ?, ?)", (number, first, len(rows), seconds))
@@ -135,7 +135,7 @@ def _transaction(db: sqlite3.Connection) -> Iterator[None]:
 
 @contextmanager
 def _reading(file: Path) -> Iterator[sqlite3.Connection]:
-    with _named(file), closing(sqlite3.connect(file, isolation_level=None, timeout=WAIT)) as db:
+    with named(file, file.parents[1]), closing(sqlite3.connect(file, isolation_level=None, timeout=WAIT)) as db:
         yield db
 
 
@@ -145,12 +145,11 @@ def _begun(db: sqlite3.Connection) -> bool:
 
 
 @contextmanager
-def _named(file: Path) -> Iterator[None]:
-    """Name the file in whatever SQLite has to say."""
+def named(file: Path, out: Path) -> Iterator[None]:
+    """Name a file of the run in `out` in whatever SQLite has to say of it."""
     try:
         yield
     except sqlite3.Error as error:
-        out = file.parent.parent
         if isinstance(error, sqlite3.OperationalError) and ("full" in str(error) or "I/O" in str(error)):
             mend = "Make room and start the run again: it goes on from what is finished, which is kept"
         elif "not a database" in str(error) or "malformed" in str(error):

@@ -16,7 +16,7 @@ from torch import Tensor
 from flowsolve._optional import require
 from flowsolve.runs.data import Data
 from flowsolve.runs.files import replacing, write_json
-from flowsolve.runs.parts import Parts
+from flowsolve.runs.parts import Parts, named
 from flowsolve.runs.settings import versions
 
 __all__ = ["merge", "needed", "report", "summary"]
@@ -64,7 +64,7 @@ def merge(parts: Parts, file: Path, columns: Mapping[str, str]) -> None:
     """All items as one table `items`, in order of their numbers."""
 
     def write(beside: Path) -> None:
-        with closing(sqlite3.connect(beside)) as db:
+        with named(file, file.parent), closing(sqlite3.connect(beside)) as db:
             kept = ", ".join(f"{name} {kind}" for name, kind in columns.items())
             db.execute(f"CREATE TABLE items (idx INTEGER PRIMARY KEY, {kept})")
             db.executemany(f"INSERT INTO items VALUES (?{', ?' * len(columns)})", parts.rows())

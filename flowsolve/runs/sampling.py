@@ -32,7 +32,7 @@ from flowsolve.noise import START, Noise
 from flowsolve.runs import pictures
 from flowsolve.runs.data import Data, open_data
 from flowsolve.runs.engine import Task, check_batch, environment, execute, threads
-from flowsolve.runs.errors import ItemError
+from flowsolve.runs.errors import ItemError, keeping
 from flowsolve.runs.files import naming, write_json
 from flowsolve.runs.images import pillow
 from flowsolve.runs.networks import event_shape, placed
@@ -140,7 +140,10 @@ def sample(
     bar = Progress(name, share, show=progress and rank.number == 0)
     with threads(cpu_threads):
         parts = execute(task, out, rank=rank, resume=resume, bar=bar, notes=notes or {})
-    return None if parts is None else _finish(parts, out, task, notes or {})
+    if parts is None:
+        return None
+    with keeping(out):
+        return _finish(parts, out, task, notes or {})
 
 
 def start_time(flow: Flow, strength: float) -> float:
