@@ -71,6 +71,6 @@ def _tell(report: dict[str, Any], out: Path) -> None:
         typer.echo(f"best      {best['bpd']:.4f}  {best['name']}")
         typer.echo(f"worst     {worst['bpd']:.4f}  {worst['name']}")
     if missing := report["left_out"]:
-        typer.echo(f"left out  {len(missing)}: {missing[0]['name']}: {missing[0]['error']}")
+        typer.echo(f"left out  {len(missing)} (report.json says why), the first {missing[0]['name']}")
     files = [f for f in ("results.sqlite", "results.parquet", "report.json", "report.png") if (out / f).exists()]
     typer.echo(f"{out}: {', '.join(files)}")

@@ -70,7 +70,7 @@ def sample(
         cost = record["nfe"]
         typer.echo(f"{record['samples']:,} samples, NFE {cost['mean']:.4g} on average, {cost['min']} to {cost['max']}")
     if missing := record["left_out"]:
-        typer.echo(f"left out  {len(missing)}: sample {missing[0]['idx']}: {missing[0]['error']}")
+        typer.echo(f"left out  {len(missing)} (metadata.json says why), the first sample {missing[0]['idx']}")
     files = [name for name in ("grid.png", "images/", "samples.npz", "metadata.json") if (out / name).exists()]
     typer.echo(f"{out}: {', '.join(files)}")
 

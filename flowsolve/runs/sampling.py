@@ -199,8 +199,6 @@ class _Drawing(Task):
             drawn = Noise.for_batch(self.options["seed"], len(z), call["samples"]).normal(START, 0, z)
             x = self.flow.path.interpolate(z, drawn, self.start)
             solution = solve(self.flow, start=x, interval=(self.start, 1.0), **call)
-        image = pictures.is_image(self.event)
-        pixels = pictures.pixels(self.flow, solution.x) if image else None
         ok, messages, nfe = solution.ok.tolist(), solution.messages, solution.nfe.tolist()
         rows: list[Row] = []
         for i, index in enumerate(numbers):
@@ -209,11 +207,14 @@ class _Drawing(Task):
                     raise ItemError(f"sample {index}", f"the solve {messages[i]}")
                 rows.append((index, nfe[i], "failed", messages[i], None, None))
                 continue
-            if pixels is not None and self.folder is not None:
-                with naming(self.folder):
-                    self.folder.mkdir(parents=True, exist_ok=True)
-                pictures.save_png(self.folder / f"{index:06d}.png", pixels[i])
-            kept = None if pixels is None else pixels[i].permute(1, 2, 0).contiguous().numpy().tobytes()
+            kept = None
+            if pictures.is_image(self.event):
+                (pixels,) = pictures.pixels(self.flow, solution.x[i : i + 1])
+                kept = pixels.permute(1, 2, 0).contiguous().numpy().tobytes()
+                if self.folder is not None:
+                    with naming(self.folder):
+                        self.folder.mkdir(parents=True, exist_ok=True)
+                    pictures.save_png(self.folder / f"{index:06d}.png", pixels)
             values = solution.x[i].float().cpu().contiguous().numpy().tobytes() if self.raw else None
             rows.append((index, nfe[i], "success", None, kept, values))
         return rows

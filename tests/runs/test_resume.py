@@ -49,13 +49,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_killed_at_random_points_the_table_is_the_undisturbed_one(tmp_path: Path, whole: Path) -> None:
-    """The kills are spread over the whole of a run that takes seconds, its beginning and its final files included."""
+    """Each time it has finished something more, and is at work on one of its 8 batches, of a third of a second each."""
     chance = random.Random(0)
     for _ in range(3):
-        process, before = start(tmp_path, WORK_CALL="0.003"), finished(tmp_path / "nll")
+        process, before = start(tmp_path, WORK_CALL="0.008"), finished(tmp_path / "nll")
         while finished(tmp_path / "nll") == before and process.poll() is None:
             time.sleep(0.01)
-        time.sleep(chance.uniform(0.0, 0.3))
+        time.sleep(chance.uniform(0.0, 0.35))
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert 0 < finished(tmp_path / "nll") < work.COUNT
