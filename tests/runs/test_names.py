@@ -1,0 +1,69 @@
+"""Solvers and grids as text."""
+
+from __future__ import annotations
+
+import pytest
+
+from flowsolve import grids, solvers
+from flowsolve.runs import names
+
+
+@pytest.mark.parametrize(
+    ("text", "made"),
+    [
+        ("unipc", solvers.UniPC()),
+        ("UniPC:order=2", solvers.UniPC(order=2)),
+        ("dpm-solver++", solvers.DPMSolverPP()),
+        ("dpm_solver_pp:order=3", solvers.DPMSolverPP(order=3)),
+        ("sde-dpm-solver++:eta=0.5", solvers.SDEDPMSolverPP(eta=0.5)),
+        ("dopri5:rtol=1e-4,atol=1e-6", solvers.Dopri5(1e-4, 1e-6)),
+        ("multistep:order=3,form=noise,variable=clock", solvers.Multistep(3, "noise", variable="clock")),
+        ("churn:inner=heun,churn=40", solvers.Churn(solvers.Heun(), 40)),
+        ("dopri5:adaptive=false", solvers.Dopri5(adaptive=False)),
+        ("auto:eta=1", solvers.Auto(eta=1)),
+        ("RK4", solvers.RK4()),
+    ],
+)
+def test_solvers(text: str, made: object) -> None:
+    assert names.solver(text) == made
+
+
+def test_every_solver_has_a_name() -> None:
+    kinds = {v for v in vars(solvers).values() if isinstance(v, type) and issubclass(v, solvers.Solver | solvers.Auto)}
+    abstract = {solvers.Solver, solvers.EstimateSolver, solvers.RungeKutta, solvers.Adaptive}
+    assert set(names.SOLVERS.values()) == kinds - abstract
+    for kind in kinds - abstract - {solvers.Churn}:
+        assert names.solver(kind.__name__) == kind()
+
+
+@pytest.mark.parametrize(
+    ("text", "made"),
+    [
+        ("uniform", grids.Uniform()),
+        ("karras:rho=5", grids.Karras(rho=5)),
+        ("arctan:center=1,width=2.5", grids.Arctan(center=1, width=2.5)),
+        ("trailing", grids.Timesteps("trailing")),
+        ("0,0.25,1", [0.0, 0.25, 1.0]),
+    ],
+)
+def test_grids(text: str, made: object) -> None:
+    assert names.grid(text) == made
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: names.solver("unipcc"), r"solver 'unipcc' is not known; expected one of Ancestral, .*, UniPC, with"),
+        (lambda: names.solver("unipc:ordr=3"), "unipc has no option 'ordr'; expected one of order, form"),
+        (lambda: names.solver("heun:order=3"), "heun has no option 'order'; expected one of none"),
+        (lambda: names.solver("unipc:3"), "'3' in 'unipc:3' is no option; expected name:key=value"),
+        (lambda: names.solver("unipc:"), "'' in 'unipc:' is no option"),
+        (lambda: names.solver("unipc:order=9"), "order = 9; expected one of"),
+        (lambda: names.solver("dopri5:rtol=tight"), "solver 'dopri5:rtol=tight' has a value of the wrong kind"),
+        (lambda: names.grid("karas"), "grid 'karas' is not known; expected one of uniform, .*, or flow times as in"),
+        (lambda: names.grid("karras:order=2"), "karras has no option 'order'; expected one of window, rho"),
+    ],
+)
+def test_what_is_not_known_is_named(make: object, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make()  # type: ignore[operator]
