@@ -1,5 +1,24 @@
 """Hugging Face diffusers: its checkpoints read as flows."""
 
-from flowsolve.adapters.diffusers.convention import FLOW, TABLE_SCHEDULERS, alphas_cumprod, as_flow, load, save
+from flowsolve.adapters.diffusers.convention import (
+    FLOW,
+    TABLE_SCHEDULERS,
+    Convention,
+    alphas_cumprod,
+    as_flow,
+    completed,
+    convention,
+)
+from flowsolve.adapters.diffusers.directory import load, save
 
-__all__ = ["FLOW", "TABLE_SCHEDULERS", "alphas_cumprod", "as_flow", "load", "save"]
+__all__ = [
+    "FLOW",
+    "TABLE_SCHEDULERS",
+    "Convention",
+    "alphas_cumprod",
+    "as_flow",
+    "completed",
+    "convention",
+    "load",
+    "save",
+]

@@ -1,0 +1,350 @@
+r"""Checkpoint files, read without running anything that they hold.
+
+A pickle is a program: loading one may call any function on the machine. Three readings are safe, and only these are
+used unless the caller says `trust_pickle=True`:
+
+* **safetensors**: 8 bytes of length, a JSON header with names, dtypes, shapes and offsets, then raw numbers. The header
+  is checked before anything else is believed: its length against the file's, each tensor's bytes against its shape;
+* **torch archives** by `torch.load(weights_only=True)`, which builds tensors and plain containers and nothing else;
+* **opcodes**: `pickletools` lists what a pickle *would* import and the words that it holds, and executes none of it.
+
+Every error names the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import pickle
+import pickletools
+import struct
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+__all__ = ["Source", "UnsafeFile", "opcodes", "read_json", "safetensors_header", "shards"]
+
+Shapes = dict[str, tuple[int, ...]]
+
+MAX_HEADER = 100_000_000
+"""Bytes; the limit of the safetensors format itself."""
+
+_ITEM_BITS = dict(
+    F64=64, F32=32, F16=16, BF16=16, I64=64, I32=32, I16=16, I8=8, U64=64, U32=32, U16=16, U8=8, BOOL=8, C64=64,
+    F8_E4M3=8, F8_E5M2=8, F8_E8M0=8, F8_E4M3FNUZ=8, F8_E5M2FNUZ=8, F6_E2M3=6, F6_E3M2=6, F4=4,
+)  # fmt: skip
+_PLAIN = ("torch._utils._rebuild_", "torch.Size", "torch.FloatStorage", "torch.device", "argparse.Namespace")
+_PLAIN_EXACT = {"collections.OrderedDict", "torch.serialization._get_layout", "_codecs.encode", "builtins.set"}
+STATE_KEYS = ("ema_model", "model_ema", "ema", "model", "net_model", "state_dict", "model_state_dict", "net", "unet")
+"""Where training scripts put the weights, the averaged ones first."""
+
+
+class UnsafeFile(ValueError):
+    """Reading the file would run code that is in it."""
+
+
+@dataclass
+class Source:
+    """What was given, and what can be known of it without running anything.
+
+    Attributes:
+        given: the path or object itself.
+        kind: "directory", "safetensors", "torch", "pickle", "export" or "object".
+        file: the path, if it is one.
+        tensors: names and shapes of the weights, where they can be listed.
+        metadata: the text that a safetensors header carries.
+        top: the keys of the outermost mapping of a torch archive.
+        names: what a pickle would import ("module.name").
+        words: the short strings that a pickle holds.
+        content: what a torch archive holds.
+    """
+
+    given: Any
+    kind: str
+    file: Path | None = None
+    tensors: Shapes = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+    top: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    words: frozenset[str] = frozenset()
+    content: Any = None
+
+    @classmethod
+    def of(cls, given: Any, *, trust_pickle: bool = False) -> Source:
+        """Look at a path or an object.
+
+        Raises:
+            FileNotFoundError: no such path.
+            ValueError: a broken file, or one of a kind that is not known.
+        """
+        if not isinstance(given, str | Path):
+            return cls(given, "object")
+        path = Path(given)
+        if path.is_dir():
+            return cls(given, "directory", path)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{str(given)!r} is not a directory or file on this machine; expected a checkpoint (download it first, "
+                "for example with `hf download`; adapters.bundled(name) gives the directories of the bundled ones)"
+            )
+        with path.open("rb") as stream:
+            head = stream.read(10)
+        if path.suffix == ".safetensors":
+            metadata, tensors = safetensors_header(path)
+            return cls(given, "safetensors", path, tensors, metadata)
+        if head[:4] == b"PK\x03\x04":
+            return cls._archive(given, path, trust_pickle)
+        if head[:1] == b"\x80":
+            return cls._pickle(given, path, trust_pickle)
+        raise ValueError(
+            f"{path} is neither safetensors, a torch archive nor a pickle (it begins with {head[:8]!r}); expected a "
+            "checkpoint file or a diffusers directory"
+        )
+
+    @classmethod
+    def _archive(cls, given: Any, path: Path, trust_pickle: bool) -> Source:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                members = archive.namelist()
+                if any(m.endswith(("/archive_format", "serialized_exported_program.json")) for m in members):
+                    return cls(given, "export", path, top=tuple(members))
+                inside = [m for m in members if m == "data.pkl" or m.endswith("/data.pkl")]
+                if not inside:
+                    raise ValueError(f"{path} is a zip file, but no torch archive (it has no data.pkl)")
+                names, words = opcodes(archive.read(inside[0]), path)
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{path} is a broken or truncated torch archive: {error}") from error
+        return cls(given, "torch", path, names=names, words=words)._opened(trust_pickle)
+
+    @classmethod
+    def _pickle(cls, given: Any, path: Path, trust_pickle: bool) -> Source:
+        names, words = opcodes(path.read_bytes(), path)
+        # torch files from before 1.6 are a row of pickles, the first of which is a magic number
+        old = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little") in path.read_bytes()[:32]
+        source = cls(given, "torch" if old else "pickle", path, names=names, words=words)
+        return source._opened(trust_pickle) if old else source
+
+    @property
+    def unsafe(self) -> tuple[str, ...]:
+        """What a pickle would import beside tensors and plain containers."""
+        return tuple(n for n in self.names if not _plain(n))
+
+    def _opened(self, trust_pickle: bool) -> Source:
+        """A torch archive with its contents, if it holds plain data or is trusted."""
+        if self.unsafe and not trust_pickle:
+            return self
+        try:
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                self.content = torch.load(self.file, map_location="cpu", weights_only=not self.unsafe)  # type: ignore[arg-type]
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+            raise ValueError(f"{self.file} is broken or truncated and cannot be read: {_first_line(error)}") from error
+        if isinstance(self.content, Mapping):
+            self.top = tuple(str(k) for k in self.content)
+            self.tensors = {k: tuple(v.shape) for k, v in self.state().items()}
+        return self
+
+    def require_trust(self) -> None:
+        """Raise unless reading the file runs nothing, naming what would be imported."""
+        if self.content is None and (self.unsafe or self.kind == "pickle"):
+            named = ", ".join(self.unsafe[:4]) or "objects"
+            raise UnsafeFile(
+                f"{self.file} is a pickle that imports {named}: reading it runs code that came with the file, with "
+                "your rights on this machine. If you trust where it comes from, pass trust_pickle=True; otherwise "
+                "ask for safetensors"
+            )
+
+    def state(self) -> dict[str, Tensor]:
+        """The weights by name, without the prefixes that parallel training and compiling add."""
+        if self.kind == "safetensors":
+            from safetensors.torch import load_file
+
+            return _stripped(load_file(str(self.file)))
+        return _stripped(_weights(self.content))
+
+
+def safetensors_header(file: Path) -> tuple[dict[str, str], Shapes]:
+    """(metadata, {name: shape}) of a safetensors file, every claim of the header checked against the file.
+
+    Raises:
+        ValueError: an oversize, truncated or inconsistent file; the message names it.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        if len(prefix) < 8:
+            raise ValueError(f"{file} is truncated: {size} bytes, and a safetensors file begins with 8 of length")
+        (length,) = struct.unpack("<Q", prefix)
+        if length > MAX_HEADER:
+            raise ValueError(f"{file} claims a header of {length:,} bytes; expected at most {MAX_HEADER:,}")
+        if 8 + length > size:
+            raise ValueError(f"{file} is truncated: its header should have {length:,} bytes, the file has {size:,}")
+        try:
+            header = json.loads(stream.read(length))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{file} has a safetensors header that is not valid JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"{file} has a safetensors header that is a {type(header).__name__}; expected an object")
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{file} has metadata that are a {type(metadata).__name__}; expected an object")
+    shapes: Shapes = {}
+    for name, entry in header.items():
+        try:
+            bits, shape = _ITEM_BITS[entry["dtype"]], tuple(int(n) for n in entry["shape"])
+            begin, end = (int(n) for n in entry["data_offsets"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{file} describes tensor {name!r} wrongly: {entry!r}") from error
+        if min(shape, default=0) < 0 or not 0 <= begin <= end or (end - begin) * 8 != math.prod(shape) * bits:
+            raise ValueError(
+                f"{file} gives tensor {name!r} of shape {shape} the bytes {begin} … {end}, which do not fit its shape"
+            )
+        if 8 + length + end > size:
+            raise ValueError(
+                f"{file} is truncated: tensor {name!r} ends at byte {8 + length + end:,}, the file has {size:,}"
+            )
+        shapes[name] = shape
+    return {str(k): str(v) for k, v in metadata.items()}, shapes
+
+
+def shards(directory: Path) -> list[Path]:
+    """The weight files of a model directory, safetensors if there are any; an index may only name files beside itself.
+
+    Raises:
+        FileNotFoundError: there are none, or the index names one that is missing.
+        ValueError: the index reaches out of the directory.
+    """
+    for suffix in ("safetensors", "bin"):
+        indices = sorted(directory.glob(f"*.{suffix}.index*.json"))
+        if not indices:
+            found = sorted(directory.glob(f"*.{suffix}"))
+            if not found:
+                continue
+            plain = [f for f in found if f.name.count(".") == 1]  # not a variant such as model.fp16.safetensors
+            return (plain or found)[:1]
+        table = read_json(indices[0]).get("weight_map")
+        if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
+            raise ValueError(f"{indices[0]} has no weight_map from tensor names to file names")
+        files = []
+        for name in sorted(set(table.values())):
+            if PurePosixPath(name).name != name or "\\" in name or name in ("", ".", "..") or ":" in name:
+                raise ValueError(
+                    f"{indices[0]} names {name!r}, which is not a plain file name beside it: an index may not reach "
+                    "out of its directory"
+                )
+            if not (directory / name).is_file():
+                raise FileNotFoundError(f"{indices[0]} names {name!r}, which is missing in {directory}")
+            files.append(directory / name)
+        return files
+    held = ", ".join(sorted(p.name for p in directory.iterdir())) or "nothing"
+    raise FileNotFoundError(f"no weights (*.safetensors or *.bin) in {directory}, which holds {held}")
+
+
+def opcodes(data: bytes, file: Path) -> tuple[tuple[str, ...], frozenset[str]]:
+    """(what a pickle would import, the short strings it holds), from its opcodes; nothing is executed.
+
+    A name that is put together at run time is listed as "?". A torch file from before 1.6 is a row of pickles; all of
+    them are read.
+
+    Raises:
+        ValueError: the bytes are no pickle, or a truncated one.
+    """
+    names: dict[str, None] = {}
+    words: set[str] = set()
+    for program in _programs(data, file):
+        texts: list[str | None] = []
+        memo: dict[int, str | None] = {}
+        for op, argument in program:
+            code = op.name
+            if "UNICODE" in code or code in ("STRING", "BINSTRING", "SHORT_BINSTRING"):
+                text = str(argument)
+                texts.append(text)
+                if len(text) <= 200:
+                    words.add(text)
+            elif code == "MEMOIZE":
+                memo[len(memo)] = texts[-1] if texts else None
+            elif code in ("PUT", "BINPUT", "LONG_BINPUT"):
+                memo[argument] = texts[-1] if texts else None
+            elif code in ("GET", "BINGET", "LONG_BINGET"):
+                texts.append(memo.get(argument))
+            elif code in ("GLOBAL", "INST"):
+                names[str(argument).replace(" ", ".")] = None
+                texts.append(None)
+            elif code == "STACK_GLOBAL":
+                module, name = texts[-2:] if len(texts) > 1 else (None, None)
+                names[f"{module}.{name}" if module and name else "?"] = None
+                texts.append(None)
+            elif code.startswith("EXT"):
+                names["?"] = None
+    return tuple(names), frozenset(words)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ValueError: not JSON, or not an object; the message names the file.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__}; expected an object")
+    return content
+
+
+def _programs(data: bytes, file: Path) -> Iterator[Iterator[tuple[Any, Any]]]:
+    """The pickles of a file, one after the other, as (opcode, argument) pairs."""
+    import io
+
+    stream: BinaryIO = io.BytesIO(data)
+    count = 0
+    while stream.tell() < len(data):
+        at = stream.tell()
+        try:
+            program = [(op, argument) for op, argument, _ in pickletools.genops(stream)]
+        except Exception as error:  # pickletools raises all kinds on bytes that are no pickle
+            if count:  # the raw numbers behind the pickles of an old torch file
+                return
+            raise ValueError(
+                f"{file} is a broken or truncated pickle (at byte {at:,}): {_first_line(error)}"
+            ) from error
+        count += 1
+        yield iter(program)
+
+
+def _plain(name: str) -> bool:
+    storage = name.startswith("torch.") and (name.endswith("Storage") or name.count(".") == 1)
+    dtype = storage and isinstance(getattr(torch, name.partition(".")[2], None), torch.dtype)
+    return name in _PLAIN_EXACT or name.startswith(_PLAIN) or (name.endswith("Storage") and storage) or dtype
+
+
+def _weights(content: Any) -> dict[str, Tensor]:
+    """The mapping of names to tensors inside what a training script saved; empty if there is none."""
+    if not isinstance(content, Mapping):
+        return {}
+    own = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
+    if own and len(own) * 2 >= len(content):
+        return own
+    for key in STATE_KEYS:
+        inner = content.get(key)
+        if isinstance(inner, Mapping) and any(isinstance(v, Tensor) for v in inner.values()):
+            return {str(k): v for k, v in inner.items() if isinstance(v, Tensor)}
+    return {}
+
+
+def _stripped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    for prefix in ("_orig_mod.", "module.", "_orig_mod."):
+        if state and all(k.startswith(prefix) for k in state if k != "n_averaged"):
+            state = {k[len(prefix) :]: v for k, v in state.items() if k != "n_averaged"}
+    return state
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
