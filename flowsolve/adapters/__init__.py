@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -74,4 +74,4 @@ def bundled(name: str) -> Path:
     """
     if name not in BUNDLED:
         raise ValueError(f"no bundled checkpoint {name!r}; expected one of {', '.join(BUNDLED)}")
-    return Path(str(files("flowsolve.problems"))) / "checkpoints" / name
+    return Path(str(resources.files("flowsolve.problems"))) / "checkpoints" / name

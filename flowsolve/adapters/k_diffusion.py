@@ -46,9 +46,9 @@ class Scaled(Wrapper):
 
 def recognise(source: Source, said: Mapping[str, Any], asked: bool) -> Finding | None:
     """One of k-diffusion's wrappers."""
-    net: Any = source.given
-    if source.kind != "object" or not isinstance(net, nn.Module):
+    if source.kind != "object" or not isinstance(source.given, nn.Module):
         return None
+    net: Any = source.given
     known = [c.__name__ for c in type(net).__mro__ if c.__module__.split(".")[0] == "k_diffusion"]
     kinds = ("DiscreteEpsDDPMDenoiser", "DiscreteVDDPMDenoiser", "VDenoiser", "Denoiser")
     kind = next((k for k in kinds if k in known), None)
@@ -69,7 +69,7 @@ def recognise(source: Source, said: Mapping[str, Any], asked: bool) -> Finding |
         )  # fmt: skip
     if kind == "Denoiser":
         data = float(net.sigma_data)
-        ends = [said.get(k) for k in ("sigma_min", "sigma_max")]
+        ends: list[Any] = [said.get(k) for k in ("sigma_min", "sigma_max")]
         return Finding(
             f"a {name}", NAMES[0], 1.0, (f"class {name} of k-diffusion, sigma_data = {data:g}",),
             EDM(float(ends[0]), float(ends[1]), rho) if None not in ends else None, preconditioned(data), "native", "σ",

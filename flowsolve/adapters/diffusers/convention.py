@@ -55,7 +55,7 @@ from torch import Tensor
 from flowsolve._optional import require
 from flowsolve.adapters.networks import Preconditioned, preconditioned
 from flowsolve.flow import Flow
-from flowsolve.paths import EDM, VE, CondOT, Discrete, Path, Trig
+from flowsolve.paths import EDM, VE, VP, CondOT, Discrete, Path, Trig
 from flowsolve.predictions import PREDICTIONS, Prediction, Row
 
 __all__ = [
@@ -165,7 +165,9 @@ def completed(scheduler: Any) -> dict[str, Any]:
             raise ValueError(f"{name} is not supported: {JUMPS}")
         if name not in SUPPORTED:
             raise ValueError(_unsupported(f"scheduler {name}", SUPPORTED))
-        scheduler = getattr(library, name).from_config(dict(scheduler))  # completes what an older version left out
+        scheduler = getattr(library.schedulers, name).from_config(
+            dict(scheduler)
+        )  # completes what an older version left out
     return {**dict(scheduler.config), "_class_name": type(scheduler).__name__}
 
 
@@ -187,10 +189,12 @@ def convention(config: Mapping[str, Any]) -> Convention:
         path = VE(float(config["sigma_min"]), float(config["sigma_max"]))
         return Convention(path, PREDICTIONS["score"], clock="σ", data_range=(0.0, 1.0))
     if name == "ScoreSdeVpScheduler":
-        from flowsolve.paths import VP
-
-        path_vp = VP(float(config["beta_min"]), float(config["beta_max"]))
-        return Convention(path_vp, PREDICTIONS["noise"], time=None, clock="not stated")
+        return Convention(
+            VP(float(config["beta_min"]), float(config["beta_max"])),
+            PREDICTIONS["noise"],
+            time=None,
+            clock="not stated",
+        )
     if name == "IPNDMScheduler":
         if config.get("trained_betas") is not None:
             raise ValueError(f"{name} with trained_betas is not supported; expected None")
