@@ -161,6 +161,11 @@ def completed(scheduler: Any) -> dict[str, Any]:
     library = require("diffusers", "diffusers", "reading a diffusers scheduler")
     if isinstance(scheduler, Mapping):
         name = scheduler.get("_class_name")
+        if name is None:
+            raise ValueError(
+                "scheduler None is not supported: its configuration has no _class_name. Pass the scheduler itself, or "
+                "the object that its scheduler_config.json holds"
+            )
         if name in DISTILLED:
             raise ValueError(f"{name} is not supported: {JUMPS}")
         if name not in SUPPORTED:
