@@ -81,6 +81,8 @@ def inspect(source: Any, *, format: str | None = None, trust_pickle: bool = Fals
         (a, f) for a in ADAPTERS if format is None or format in a.NAMES for f in [_ask(a, looked, said, format)] if f
     ]
     if not found:
+        if format is not None and not trust_pickle:
+            looked.require_trust()
         return _nothing(looked, format)
     adapter, finding = _best(found)
     _check(adapter, finding, declared)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import pickle
 import pickletools
 import struct
 import zipfile
@@ -142,7 +141,7 @@ class Source:
         try:
             with torch.serialization.safe_globals([argparse.Namespace]):
                 self.content = torch.load(self.file, map_location="cpu", weights_only=not self.unsafe)  # type: ignore[arg-type]
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        except Exception as error:  # torch's reader raises all kinds on a broken file
             raise ValueError(f"{self.file} is broken or truncated and cannot be read: {_first_line(error)}") from error
         if isinstance(self.content, Mapping):
             self.top = tuple(str(k) for k in self.content)

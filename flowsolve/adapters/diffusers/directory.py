@@ -130,7 +130,8 @@ def _pipeline(pipeline: Any, said: Mapping[str, Any]) -> Finding:
 
 def _model(model: nn.Module, said: Mapping[str, Any]) -> Finding:
     name = type(model).__name__
-    config = dict(getattr(model, "config", None) or {})
+    config = getattr(model, "config", None)
+    config = dict(config) if isinstance(config, Mapping) else {}
     return _finding(f"a {name}", model, config, None, said, [f"a {name} in memory"], None)
 
 
