@@ -19,6 +19,25 @@ from tests.adapters.tiny import ldm
 ONE = torch.ones(1)
 
 
+class Tree(nn.Module):
+    """The tensors of tiny.ldm as a network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d(4, 8, 3, bias=False)]), nn.ModuleList()])
+        attention = nn.Module()
+        attention.to_k = nn.Linear(768, 8, bias=False)
+        block, spatial = nn.Module(), nn.Module()
+        block.attn2 = attention
+        spatial.transformer_blocks = nn.ModuleList([block])
+        self.input_blocks[1].extend([nn.Identity(), spatial])  # type: ignore[operator]
+        self.time_embed = nn.ModuleList([nn.Linear(8, 8, bias=False)])
+        self.out = nn.ModuleList([nn.Identity(), nn.Identity(), nn.Conv2d(8, 4, 3, bias=False)])
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.out[2].weight.sum() + 0.0 * x  # type: ignore[no-any-return,operator,union-attr]
+
+
 def write(file: Path, tensors: dict[str, Tensor], **metadata: str) -> Path:
     save_file(
         {k: v.clone() for k, v in tensors.items()},
@@ -111,22 +130,6 @@ def test_the_weights_fill_the_network(tmp_path: Path) -> None:
     file = write(tmp_path / "m.safetensors", ldm(), prediction_type="epsilon")
     with pytest.raises(ValueError, match=r"m.safetensors do not belong to this Linear"):
         adapters.load(file, net=nn.Linear(2, 2))
-
-    class Tree(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d(4, 8, 3, bias=False)]), nn.ModuleList()])
-            attention = nn.Module()
-            attention.to_k = nn.Linear(768, 8, bias=False)
-            block, spatial = nn.Module(), nn.Module()
-            block.attn2 = attention
-            spatial.transformer_blocks = nn.ModuleList([block])
-            self.input_blocks[1].extend([nn.Identity(), spatial])  # type: ignore[operator]
-            self.time_embed = nn.ModuleList([nn.Linear(8, 8, bias=False)])
-            self.out = nn.ModuleList([nn.Identity(), nn.Identity(), nn.Conv2d(8, 4, 3, bias=False)])
-
-        def forward(self, x: Tensor, t: Tensor) -> Tensor:
-            return self.out[2].weight.sum() + 0.0 * x  # type: ignore[no-any-return,operator,union-attr]
 
     flow = adapters.load(file, net=Tree())
     assert float(flow.noise(torch.ones(1, 4, 2, 2), 0.5).abs().max().detach()) == 0.0  # the file's zeros

@@ -119,7 +119,9 @@ class ADM(nn.Module):
 class DiT(nn.Module):
     """The layer names of DiT and SiT; forward(x, t, y) with a doubled output."""
 
-    def __init__(self, channels: int = 4, patch: int = 2, learned: bool = True, halve: bool = False) -> None:
+    def __init__(
+        self, channels: int = 4, patch: int = 2, learned: bool = True, halve: bool = False, classes: int = 11
+    ) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.patch, self.halve = patch, halve
@@ -128,7 +130,7 @@ class DiT(nn.Module):
         self.t_embedder = nn.Module()
         self.t_embedder.mlp = nn.Sequential(nn.Linear(1, 8))
         self.y_embedder = nn.Module()
-        self.y_embedder.embedding_table = nn.Embedding(11, 8)
+        self.y_embedder.embedding_table = nn.Embedding(classes, 8)
         block = nn.Module()
         block.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(8, 8))
         self.blocks = nn.ModuleList([block])
