@@ -86,7 +86,11 @@ def inspect(source: Any, *, format: str | None = None, trust_pickle: bool = Fals
         return _nothing(looked, format)
     adapter, finding = _best(found)
     _check(adapter, finding, declared)
-    return finding.declare(declared)
+    finding = finding.declare(declared)
+    closed = looked.unsafe and looked.content is None and not trust_pickle
+    if closed and not any(m.startswith("trust_pickle=") for m in finding.missing):
+        finding = replace(finding, missing=(*finding.missing, _trust(looked)))
+    return finding
 
 
 def _ask(adapter: ModuleType, source: Source, said: Mapping[str, Any], format: str | None) -> Finding | None:
@@ -117,6 +121,11 @@ def _check(adapter: ModuleType, finding: Finding, declared: Mapping[str, Any]) -
         raise TypeError(f"{finding.format} takes no {', '.join(strange)}; it takes {', '.join(takes)}")
 
 
+def _trust(source: Source) -> str:
+    named = ", ".join(source.unsafe[:3])
+    return f"trust_pickle=True (it imports {named}: reading it runs code that is in the file, with your rights)"
+
+
 def _nothing(source: Source, format: str | None) -> Finding:
     """A finding that recognises nothing, with what was seen."""
     seen = []
@@ -132,7 +141,7 @@ def _nothing(source: Source, format: str | None) -> Finding:
         raise ValueError(f"this is no {format} checkpoint: {'; '.join(seen)}")
     missing = ["format= (one of " + ", ".join(FORMATS) + ")", "or path=, prediction= and time="]
     if source.unsafe:
-        missing.append("trust_pickle=True (reading it runs code that is in the file, with your rights)")
+        missing.append(_trust(source))
     elif source.kind in ("torch", "safetensors"):
         missing.append("net= (the network that the weights belong to)")
     name = f"a {type(source.given).__name__}" if source.kind == "object" else str(source.given)

@@ -122,7 +122,7 @@ def _sit(
     told = said.get("prediction") or options["prediction"]
     if told is None:
         missing.append("prediction='velocity', 'noise' or 'score' (published SiT models predict the velocity)")
-    path = None if kind is None else PATHS[kind]
+    path = said.get("path") or (None if kind is None else PATHS[kind])
     prediction = None if told is None else resolve(told)
     if not isinstance(path, VP):
         return path, prediction, "flow", "t", missing

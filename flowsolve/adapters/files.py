@@ -6,7 +6,7 @@ used unless the caller says `trust_pickle=True`:
 * **safetensors**: 8 bytes of length, a JSON header with names, dtypes, shapes and offsets, then raw numbers. The header
   is checked before anything else is believed: its length against the file's, each tensor's bytes against its shape;
 * **torch archives** by `torch.load(weights_only=True)`, which builds tensors and plain containers and nothing else;
-* **opcodes**: `pickletools` lists what a pickle *would* import and the words that it holds, and executes none of it.
+* **opcodes** (`flowsolve.adapters.pickles`), which say what a pickle *would* import and execute none of it.
 
 Every error names the file.
 """
@@ -16,18 +16,19 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import pickletools
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Source", "UnsafeFile", "opcodes", "read_json", "safetensors_header", "shards"]
+from flowsolve.adapters.pickles import first_line, opcodes, plain
+
+__all__ = ["Source", "UnsafeFile", "first_line", "read_json", "safetensors_header"]
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -38,8 +39,6 @@ _ITEM_BITS = dict(
     F64=64, F32=32, F16=16, BF16=16, I64=64, I32=32, I16=16, I8=8, U64=64, U32=32, U16=16, U8=8, BOOL=8, C64=64,
     F8_E4M3=8, F8_E5M2=8, F8_E8M0=8, F8_E4M3FNUZ=8, F8_E5M2FNUZ=8, F6_E2M3=6, F6_E3M2=6, F4=4,
 )  # fmt: skip
-_PLAIN = ("torch._utils._rebuild_", "torch.Size", "torch.FloatStorage", "torch.device", "argparse.Namespace")
-_PLAIN_EXACT = {"collections.OrderedDict", "torch.serialization._get_layout", "_codecs.encode", "builtins.set"}
 STATE_KEYS = ("ema_model", "model_ema", "ema", "model", "net_model", "state_dict", "model_state_dict", "net", "unet")
 """Where training scripts put the weights, the averaged ones first."""
 
@@ -123,16 +122,17 @@ class Source:
 
     @classmethod
     def _pickle(cls, given: Any, path: Path, trust_pickle: bool) -> Source:
-        names, words = opcodes(path.read_bytes(), path)
+        content = path.read_bytes()
+        names, words = opcodes(content, path)
         # torch files from before 1.6 are a row of pickles, the first of which is a magic number
-        old = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little") in path.read_bytes()[:32]
+        old = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little") in content[:32]
         source = cls(given, "torch" if old else "pickle", path, names=names, words=words)
         return source._opened(trust_pickle) if old else source
 
     @property
     def unsafe(self) -> tuple[str, ...]:
         """What a pickle would import beside tensors and plain containers."""
-        return tuple(n for n in self.names if not _plain(n))
+        return tuple(n for n in self.names if not plain(n))
 
     def _opened(self, trust_pickle: bool) -> Source:
         """A torch archive with its contents, if it holds plain data or is trusted."""
@@ -142,7 +142,7 @@ class Source:
             with torch.serialization.safe_globals([argparse.Namespace]):
                 self.content = torch.load(self.file, map_location="cpu", weights_only=not self.unsafe)  # type: ignore[arg-type]
         except Exception as error:  # torch's reader raises all kinds on a broken file
-            raise ValueError(f"{self.file} is broken or truncated and cannot be read: {_first_line(error)}") from error
+            raise ValueError(f"{self.file} is broken or truncated and cannot be read: {first_line(error)}") from error
         if isinstance(self.content, Mapping):
             self.top = tuple(str(k) for k in self.content)
             self.tensors = {k: tuple(v.shape) for k, v in self.state().items()}
@@ -211,78 +211,6 @@ def safetensors_header(file: Path) -> tuple[dict[str, str], Shapes]:
     return {str(k): str(v) for k, v in metadata.items()}, shapes
 
 
-def shards(directory: Path) -> list[Path]:
-    """The weight files of a model directory, safetensors if there are any; an index may only name files beside itself.
-
-    Raises:
-        FileNotFoundError: there are none, or the index names one that is missing.
-        ValueError: the index reaches out of the directory.
-    """
-    for suffix in ("safetensors", "bin"):
-        indices = sorted(directory.glob(f"*.{suffix}.index*.json"))
-        if not indices:
-            found = sorted(directory.glob(f"*.{suffix}"))
-            if not found:
-                continue
-            plain = [f for f in found if f.name.count(".") == 1]  # not a variant such as model.fp16.safetensors
-            return (plain or found)[:1]
-        table = read_json(indices[0]).get("weight_map")
-        if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
-            raise ValueError(f"{indices[0]} has no weight_map from tensor names to file names")
-        files = []
-        for name in sorted(set(table.values())):
-            if PurePosixPath(name).name != name or "\\" in name or name in ("", ".", "..") or ":" in name:
-                raise ValueError(
-                    f"{indices[0]} names {name!r}, which is not a plain file name beside it: an index may not reach "
-                    "out of its directory"
-                )
-            if not (directory / name).is_file():
-                raise FileNotFoundError(f"{indices[0]} names {name!r}, which is missing in {directory}")
-            files.append(directory / name)
-        return files
-    held = ", ".join(sorted(p.name for p in directory.iterdir())) or "nothing"
-    raise FileNotFoundError(f"no weights (*.safetensors or *.bin) in {directory}, which holds {held}")
-
-
-def opcodes(data: bytes, file: Path) -> tuple[tuple[str, ...], frozenset[str]]:
-    """(what a pickle would import, the short strings it holds), from its opcodes; nothing is executed.
-
-    A name that is put together at run time is listed as "?". A torch file from before 1.6 is a row of pickles; all of
-    them are read.
-
-    Raises:
-        ValueError: the bytes are no pickle, or a truncated one.
-    """
-    names: dict[str, None] = {}
-    words: set[str] = set()
-    for program in _programs(data, file):
-        texts: list[str | None] = []
-        memo: dict[int, str | None] = {}
-        for op, argument in program:
-            code = op.name
-            if "UNICODE" in code or code in ("STRING", "BINSTRING", "SHORT_BINSTRING"):
-                text = str(argument)
-                texts.append(text)
-                if len(text) <= 200:
-                    words.add(text)
-            elif code == "MEMOIZE":
-                memo[len(memo)] = texts[-1] if texts else None
-            elif code in ("PUT", "BINPUT", "LONG_BINPUT"):
-                memo[argument] = texts[-1] if texts else None
-            elif code in ("GET", "BINGET", "LONG_BINGET"):
-                texts.append(memo.get(argument))
-            elif code in ("GLOBAL", "INST"):
-                names[str(argument).replace(" ", ".")] = None
-                texts.append(None)
-            elif code == "STACK_GLOBAL":
-                module, name = texts[-2:] if len(texts) > 1 else (None, None)
-                names[f"{module}.{name}" if module and name else "?"] = None
-                texts.append(None)
-            elif code.startswith("EXT"):
-                names["?"] = None
-    return tuple(names), frozenset(words)
-
-
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object.
 
@@ -296,32 +224,6 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds a {type(content).__name__}; expected an object")
     return content
-
-
-def _programs(data: bytes, file: Path) -> Iterator[Iterator[tuple[Any, Any]]]:
-    """The pickles of a file, one after the other, as (opcode, argument) pairs."""
-    import io
-
-    stream: BinaryIO = io.BytesIO(data)
-    count = 0
-    while stream.tell() < len(data):
-        at = stream.tell()
-        try:
-            program = [(op, argument) for op, argument, _ in pickletools.genops(stream)]
-        except Exception as error:  # pickletools raises all kinds on bytes that are no pickle
-            if count:  # the raw numbers behind the pickles of an old torch file
-                return
-            raise ValueError(
-                f"{file} is a broken or truncated pickle (at byte {at:,}): {_first_line(error)}"
-            ) from error
-        count += 1
-        yield iter(program)
-
-
-def _plain(name: str) -> bool:
-    storage = name.startswith("torch.") and (name.endswith("Storage") or name.count(".") == 1)
-    dtype = storage and isinstance(getattr(torch, name.partition(".")[2], None), torch.dtype)
-    return name in _PLAIN_EXACT or name.startswith(_PLAIN) or (name.endswith("Storage") and storage) or dtype
 
 
 def _weights(content: Any) -> dict[str, Tensor]:
@@ -343,7 +245,3 @@ def _stripped(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if state and all(k.startswith(prefix) for k in state if k != "n_averaged"):
             state = {k[len(prefix) :]: v for k, v in state.items() if k != "n_averaged"}
     return state
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from flowsolve.flow import Flow
 from flowsolve.paths import Path
@@ -119,10 +120,14 @@ class Finding:
                 changes["clock"] = f"{value} time" if isinstance(value, str) else "a declared function of flow time"
             instead = f" instead of {_named(found)}" if found is not None and found != value else ""
             changes[name] = value
-            if f"{name}=" not in " ".join(e.partition(" ")[0] for e in evidence):
-                evidence.append(f"{name}= declared: {_named(value)}{instead}")
+            evidence.append(f"{name}= declared: {_named(value)}{instead}")
             missing = [m for m in missing if not m.startswith(f"{name}=")]
-        return replace(self, evidence=tuple(evidence), missing=tuple(missing), **changes)
+        told = replace(self, evidence=tuple(evidence), missing=tuple(missing), **changes)
+        # what nothing says is asked for, whether or not the adapter thought of it
+        for name, what in (("path", "a path"), ("prediction", "what it outputs"), ("time", "the clock it reads")):
+            if getattr(told, name) is None and told.refusal is None and not told.missing:
+                told = replace(told, missing=(f"{name}= ({what})",))
+        return told
 
     def flow(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Flow:
         """The checkpoint as a `Flow`.
@@ -136,9 +141,12 @@ class Finding:
             raise Unrecognised(self._lacks(), self)
         assert self.path is not None
         assert self.prediction is not None
+        assert self.time is not None
         options: dict[str, Any] = {} if self.data_range is None else {"data_range": self.data_range}
         net = self.network(device, dtype)
-        return Flow(net, self.path, self.prediction, time=self.time or "flow", **options)
+        if not isinstance(net, nn.Module):
+            options["dtype"] = dtype
+        return Flow(net, self.path, self.prediction, time=self.time, **options)
 
     def _lacks(self) -> str:
         seen = "; ".join(self.evidence) or "nothing that tells its format"

@@ -80,9 +80,10 @@ def recognise(source: Source, said: Mapping[str, Any], asked: bool) -> Finding |
         evidence.append(f"schedule= declared: {schedule}, {steps} steps")
     scale = 1000.0 / steps if said.get("rescale_timesteps") else 1.0
 
+    curve: Any = said.get("path") or path
+
     def clock(t: Any) -> Any:
-        assert path is not None
-        return scale * path.native_time(t)
+        return scale * curve.native_time(t)
 
     def network(device: Any, dtype: Any) -> Any:
         assert net is not None
@@ -98,7 +99,7 @@ def recognise(source: Source, said: Mapping[str, Any], asked: bool) -> Finding |
         tuple(evidence),
         path,
         PREDICTIONS["data" if said.get("predict_xstart") else "noise"],
-        (clock if scale != 1.0 else "native") if path is not None else None,
+        None if curve is None else clock if scale != 1.0 else "native",
         f"{scale:g} k" if scale != 1.0 else "the index k of the table",
         data_range=(-1.0, 1.0),
         parameters=sum(torch.Size(s).numel() for s in shapes.values()),

@@ -27,9 +27,19 @@ import torch
 from torch import Tensor, nn
 
 from flowsolve._batch import per_sample
+from flowsolve.paths import Path
 from flowsolve.predictions import Prediction, Row
 
-__all__ = ["FirstHalf", "Preconditioned", "Reordered", "argument_order", "fill", "place", "preconditioned"]
+__all__ = [
+    "FirstHalf",
+    "Preconditioned",
+    "Reordered",
+    "argument_order",
+    "fill",
+    "place",
+    "preconditioned",
+    "require_unscaled",
+]
 
 TIMES = {"t", "ts", "time", "times", "timestep", "timesteps", "tau", "sigma", "sigmas", "noise_labels", "time_cond"}
 
@@ -85,6 +95,19 @@ class Preconditioned(Wrapper):
         scale = per_sample((sigma.square() + self.sigma_data**2).rsqrt(), x)
         when = 0.25 * sigma.log() if self.noise == "log" else sigma.atan() * (2.0 / math.pi)
         return self.net(scale * x, when, **cond)  # type: ignore[no-any-return]
+
+
+def require_unscaled(path: Path | None) -> None:
+    """Raise unless a declared path suits a network behind preconditioning, which is asked on z + σε.
+
+    Raises:
+        ValueError: α is not 1.
+    """
+    if path is not None and not path.alpha(0.5) == path.alpha(0.9) == 1.0:
+        raise ValueError(
+            f"path = {path!r} scales the data, but the network is behind EDM's preconditioning and is asked on z + σε; "
+            "expected EDM(...) or VE(...), or prediction= and time= declared too"
+        )
 
 
 def argument_order(net: Callable[..., Any]) -> str | None:

@@ -55,6 +55,8 @@ def recognise(source: Source, said: Mapping[str, Any], asked: bool) -> Finding |
         return None
     sure = asked or source.kind == "object" or "tensors all_modules.…" in evidence
     kind, constants, told, centered = _sde(said, getattr(net, "config", None))
+    given = said.get("path")
+    kind = {VP: "vp", SubVP: "subvp", VE: "ve"}.get(type(given), kind)
     evidence += told
     missing = []
     refusal = None
@@ -70,12 +72,14 @@ def recognise(source: Source, said: Mapping[str, Any], asked: bool) -> Finding |
         path = VE(constants.get("sigma_min", 0.01), constants.get("sigma_max", 50.0))
     else:
         path = {"vp": VP, "subvp": SubVP}[kind](constants.get("beta_min", 0.1), constants.get("beta_max", 20.0))
+    if given is not None:
+        path = given
     if net is None:
         missing.append("net= (the network that the weights belong to)")
     if centered is None and kind is not None:
         centered = kind != "ve"
         evidence.append(f"pixels {'centred' if centered else 'in [0, 1]'}, as in the published {kind} recipes")
-    clock: Any = "native" if kind == "ve" else None if path is None else _label(path)
+    clock: Any = "native" if kind == "ve" else _label(path) if isinstance(path, VP) else None
 
     def network(device: Any, dtype: Any) -> Any:
         assert isinstance(net, nn.Module)

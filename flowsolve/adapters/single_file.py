@@ -28,7 +28,7 @@ import torch
 from flowsolve.adapters.diffusers.convention import FLOW, JUMPS, alphas_cumprod
 from flowsolve.adapters.files import Source
 from flowsolve.adapters.finding import Finding
-from flowsolve.adapters.networks import FirstHalf, Preconditioned, fill, place, preconditioned
+from flowsolve.adapters.networks import FirstHalf, Preconditioned, fill, place, preconditioned, require_unscaled
 from flowsolve.paths import EDM, CondOT, Discrete, Path
 from flowsolve.predictions import PREDICTIONS, Prediction
 
@@ -116,6 +116,11 @@ def _unet(source: Source, said: Mapping[str, Any], bare: Mapping[str, Any], widt
             missing.append("prediction='noise' or 'v' (neither a key nor the metadata say)")
     if said.get("net") is None:
         missing.append("net= (the UNetModel that the weights belong to)")
+
+    if "prediction" in said or "time" in said:
+        edm = None
+    if edm is not None:
+        require_unscaled(said.get("path"))
 
     def network(device: Any, dtype: Any) -> Any:
         net = FirstHalf(_filled(source, said, device, dtype)).eval()

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from flowsolve.adapters import Finding
+    from flowsolve.flow import Flow
 
 typer: Any = require("typer", "cli", "the command line")
 
@@ -41,18 +42,18 @@ def inspect(
         finding = adapters.inspect(place, format=format, trust_pickle=trust_pickle, **declared(declare or []))
         if data is not None and finding.ready:
             flow = finding.flow()
-            report = flow.check(_data(data, count, flow.data_range))
+            report = _check(flow, _data(data, count, flow.data_range))
     except (ImportError, OSError, TypeError, ValueError) as error:
         typer.echo(f"flowsolve inspect: {error}", err=True)
         raise typer.Exit(1) from None
     if as_json:
         told = finding.summary()
         if report is not None:
-            told["check"] = {"ok": report.ok, "error": report.error, "message": report.message}
+            told["check"] = {"ok": report[0], "message": report[1]}
         typer.echo(json.dumps(told, indent=1, ensure_ascii=False))
     else:
         _show(finding, report)
-    raise typer.Exit(0 if finding.ready and (report is None or report.ok) else 1)
+    raise typer.Exit(0 if finding.ready and (report is None or report[0]) else 1)
 
 
 def rows(finding: Finding) -> list[tuple[str, str]]:
@@ -87,7 +88,7 @@ def rows(finding: Finding) -> list[tuple[str, str]]:
     return [(what, "not stated" if value is None else value) for what, value in told if what != "latent" or value]
 
 
-def _show(finding: Finding, report: Any) -> None:
+def _show(finding: Finding, report: tuple[bool, str] | None) -> None:
     console = require("rich.console", "cli", "the command line").Console()
     box = require("rich.box", "cli", "the command line")
     text = require("rich.text", "cli", "the command line").Text
@@ -97,13 +98,23 @@ def _show(finding: Finding, report: Any) -> None:
     for what, value in rows(finding):
         table.add_row(what, text(value))
     if report is not None:
-        table.add_row("check", text(report.message, style="green" if report.ok else "red"))
+        table.add_row("check", text(report[1], style="green" if report[0] else "red"))
     if finding.refusal is not None:
         table.add_row("refused", text(finding.refusal, style="red"))
     elif not finding.ready:
         table.add_row("to be declared", text("\n".join(finding.missing) or "format=", style="yellow"))
     console.print(text(finding.source), soft_wrap=True)
     console.print(table)
+
+
+def _check(flow: Flow, data: Tensor) -> tuple[bool, str]:
+    """(passed, what is to be said); a network that wants conditions cannot be asked from here."""
+    try:
+        report = flow.check(data)
+    except (RuntimeError, TypeError, ValueError) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        return False, f"could not be run ({why}); a conditioned network is checked by flow.check(data, **cond)"
+    return report.ok, report.message
 
 
 def _ends(pair: tuple[float, float] | None, infinite: bool = False) -> str:

@@ -175,9 +175,7 @@ def test_wrong_paths(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_missing_or_pickled_weights(checkpoint: Path) -> None:
     (checkpoint / "unet/diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(
-        FileNotFoundError, match=r"no weights \(\*.safetensors or \*.bin\) in .*which holds config.json"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"no weights \(diffusion_pytorch_model.*holds config.json"):
         adapters.load(checkpoint)
     (checkpoint / "unet/diffusion_pytorch_model.bin").write_bytes(b"\x80pickle")
     with pytest.raises(ValueError, match=r"diffusion_pytorch_model.bin is a broken or truncated pickle"):

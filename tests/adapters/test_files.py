@@ -16,7 +16,9 @@ from torch import nn
 
 import flowsolve as fs
 from flowsolve import adapters
-from flowsolve.adapters.files import Source, opcodes, safetensors_header, shards
+from flowsolve.adapters.diffusers.weights import shards
+from flowsolve.adapters.files import Source, safetensors_header
+from flowsolve.adapters.pickles import opcodes
 from tests.adapters import tiny
 
 diffusers = pytest.importorskip("diffusers")

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from flowsolve import adapters
+from flowsolve.paths import Discrete
 from tests.adapters.tiny import ADM
 
 
@@ -85,3 +86,14 @@ def test_mismatched_weights_name_the_file(tmp_path: Path) -> None:
         adapters.load(file, net=ADM(3, classes=5), schedule="linear")
     with pytest.raises(TypeError, match="net is a function; expected the torch module"):
         adapters.load(file, net=lambda x, t: x, schedule="linear")
+
+
+def test_a_declared_table(tmp_path: Path) -> None:
+    """path= in place of schedule=: the clock is the index of that table, scaled where it is rescaled."""
+    file = tmp_path / "model.pt"
+    torch.save(ADM().state_dict(), file)
+    path = Discrete.linear(250)
+    flow = adapters.load(file, net=ADM(), path=path)
+    assert float(flow.clock(path.time_from_native(100.0))) == 100.0
+    flow = adapters.load(file, net=ADM(), path=path, steps=250, rescale_timesteps=True)
+    assert float(flow.clock(path.time_from_native(100.0))) == pytest.approx(400.0)

@@ -265,3 +265,66 @@ def test_sharded_bin_and_half_precision(tmp_path: Path) -> None:
             torch.testing.assert_close(flow.net(x, torch.tensor([10.0, 10.0])), expected)
     flow = adapters.load(tmp_path / "shards", dtype=torch.float16)
     assert flow.dtype == torch.float16
+
+
+def test_variants(tmp_path: Path) -> None:
+    """The plain files are taken, a variant where it is asked for or is the only one."""
+    model, scheduler = tiny.unet(), diffusers.DDPMScheduler()
+    other = tiny.unet()
+    with torch.no_grad():
+        other.conv_in.weight.zero_()
+    model.save_pretrained(tmp_path / "unet")
+    other.save_pretrained(tmp_path / "unet", variant="ema")
+    scheduler.save_pretrained(tmp_path / "scheduler")
+
+    def first(**said: Any) -> float:
+        return float(adapters.load(tmp_path, **said).net.unet.conv_in.weight.detach().abs().sum())  # type: ignore[union-attr]
+
+    assert first() > 0.0
+    assert first(variant="ema") == 0.0
+    with pytest.raises(FileNotFoundError, match=r"no weights \(diffusion_pytorch_model.fp16\*"):
+        adapters.load(tmp_path, variant="fp16")
+    (tmp_path / "unet/diffusion_pytorch_model.safetensors").unlink()
+    assert first() == 0.0
+
+
+def test_the_hub_s_cache_keeps_the_name(tmp_path: Path) -> None:
+    root = tmp_path / "models--stabilityai--sdxl-turbo/snapshots/71153311d3dbb46851df1931d3ca6e939de83304"
+    root.mkdir(parents=True)
+    saved(root, "unet", tiny.unet(), diffusers.DDPMScheduler(), "DDPMPipeline")
+    with pytest.raises(adapters.Unrecognised, match="its name says turbo"):
+        adapters.load(root)
+
+
+def test_flux_without_guidance_is_schnell(tmp_path: Path) -> None:
+    model, scheduler = tiny.flux(guidance_embeds=False), diffusers.FlowMatchEulerDiscreteScheduler()
+    root = saved(tmp_path / "flux", "transformer", model, scheduler, "FluxPipeline")
+    with pytest.raises(adapters.Unrecognised, match="without guidance_embeds is the schnell model"):
+        adapters.load(root)
+    assert adapters.load(root, distilled=False).path == CondOT()
+
+
+def test_models_of_other_classes_are_refused() -> None:
+    """A transformer whose pipeline may scale its time is not called on a guess."""
+    torch.manual_seed(0)
+    other = diffusers.UNet1DModel(
+        block_out_channels=(8, 8, 16), down_block_types=("DownBlock1DNoSkip", "DownBlock1D", "AttnDownBlock1D"),
+        up_block_types=("AttnUpBlock1D", "UpBlock1D", "UpBlock1DNoSkip"), extra_in_channels=16,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"holds a UNet1DModel; supported are UNet2DModel"):
+        adapters.load(other, scheduler=diffusers.DDPMScheduler())
+
+
+def test_a_declared_path_behind_preconditioning() -> None:
+    """Other noise levels keep the scaling of the input; a path that scales the data is refused."""
+    model, scheduler = tiny.unet(), diffusers.EDMEulerScheduler()
+    flow = adapters.load(model, scheduler=scheduler, path=fs.paths.EDM(0.01, 40.0))
+    assert flow.path == fs.paths.EDM(0.01, 40.0)
+    x, sigma = normal(2, 1, 8, 8), fs.paths.EDM(0.01, 40.0).sigma(0.3)
+    with torch.no_grad():
+        fed = scheduler.precondition_inputs(sigma * x, sigma)
+        output = model(fed, scheduler.precondition_noise(torch.tensor([sigma, sigma]))).sample
+        expected = scheduler.precondition_outputs(sigma * x, output, sigma)
+        torch.testing.assert_close(flow.data(sigma * x, 0.3), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"scales the data, but the network is behind EDM's preconditioning"):
+        adapters.load(model, scheduler=scheduler, path=fs.paths.VP())

@@ -52,6 +52,9 @@ def test_an_sde_object_or_the_configuration_says_all() -> None:
 
     assert adapters.load(NCSNpp(), sde=VESDE()).path == VE(0.02, 378.0)
     assert adapters.load(NCSNpp(), sde=subVPSDE()).path == SubVP(0.2, 15.0)
+    flow = adapters.load(NCSNpp(), path=VP(0.3, 12.0))
+    assert float(flow.clock(flow.path.time_from_native(0.5))) == pytest.approx(499.5)
+    assert flow.prediction.name == "noise"
     config = SimpleNamespace(
         training=SimpleNamespace(sde="vesde"),
         model=SimpleNamespace(sigma_min=0.01, sigma_max=90.0),

@@ -152,4 +152,5 @@ def test_plain_callables_say_nothing() -> None:
         adapters.load(net, path=fs.paths.VP(), prediction="noise")
     flow = adapters.load(net, path=fs.paths.VP(), prediction="noise", time="native", data_range=(0.0, 1.0))
     assert flow.data_range == (0.0, 1.0)
+    assert adapters.load(net, path=CondOT(), prediction="velocity", dtype=torch.bfloat16).dtype == torch.bfloat16
     assert torch.equal(flow.noise(X, 0.5), -X)

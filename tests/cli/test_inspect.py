@@ -14,6 +14,7 @@ from flowsolve import adapters
 from flowsolve.cli import build
 from flowsolve.cli._declared import declared
 from flowsolve.paths import VP, CondOT
+from tests.adapters import tiny
 from tests.adapters.tiny import ADM
 
 for package in ("typer", "rich", "diffusers", "sklearn"):
@@ -77,6 +78,19 @@ def test_a_false_declaration_fails_the_check() -> None:
     assert "prediction= declared: v instead of noise" in found["evidence"]
     assert "the declared conventions do not fit" in found["check"]
     assert "prediction 'noise' instead of 'v'" in found["check"]
+
+
+def test_a_conditioned_network_keeps_its_table(tmp_path: Path) -> None:
+    import diffusers
+
+    tiny.unet_condition(in_channels=1, out_channels=1).save_pretrained(tmp_path / "unet")
+    diffusers.DDPMScheduler().save_pretrained(tmp_path / "scheduler")
+    result = run(str(tmp_path), "--data", "digits")
+    assert result.exit_code == 1
+    found = table(result.output)
+    assert found["prediction"] == "noise"
+    assert found["check"].startswith("could not be run (")
+    assert "encoder_hidden_states" in found["check"]
 
 
 def test_what_is_missing_and_how_to_declare_it(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from flowsolve.adapters.diffusers.convention import (
     completed,
     convention,
 )
-from flowsolve.adapters.diffusers.directory import load, save
+from flowsolve.adapters.diffusers.directory import load
+from flowsolve.adapters.diffusers.weights import save
 
 __all__ = [
     "FLOW",

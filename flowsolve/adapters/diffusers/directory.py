@@ -1,13 +1,10 @@
 """diffusers checkpoints: pipelines and single models, in a directory or in memory.
 
-The network is built by diffusers itself from its configuration, with weights from safetensors, or from `.bin` files
-read as plain tensors (`weights_only`). Nothing of a checkpoint's own code is run, and nothing is downloaded.
+Nothing of a checkpoint's own code is run, and nothing is downloaded.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,15 +14,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from flowsolve._optional import require
 from flowsolve.adapters.diffusers.convention import DISTILLED, JUMPS, completed, convention
 from flowsolve.adapters.diffusers.models import MODELS, check_channels, wrap
-from flowsolve.adapters.files import Source, UnsafeFile, read_json, safetensors_header, shards
+from flowsolve.adapters.diffusers.weights import built, count
+from flowsolve.adapters.files import Source, read_json
 from flowsolve.adapters.finding import Finding
-from flowsolve.adapters.networks import place
+from flowsolve.adapters.networks import place, require_unscaled
 from flowsolve.flow import Flow
 
-__all__ = ["DECLARES", "NAMES", "load", "recognise", "save"]
+__all__ = ["DECLARES", "NAMES", "load", "recognise"]
 
 NAMES = ("diffusers",)
 DECLARES = ("scheduler", "distilled", "variant")
@@ -62,15 +59,8 @@ def _directory(root: Path, said: Mapping[str, Any]) -> Finding:
         beside = root.parent / "scheduler" / "scheduler_config.json"
         if beside.is_file() and not any(k in said for k in ("scheduler", "path")):
             raise ValueError(f"{str(root)!r} is one part of a checkpoint; pass its parent, {str(root.parent)!r}")
-        return _finding(
-            str(root),
-            root,
-            alone,
-            None,
-            said,
-            [f"{root.name}/config.json: {alone['_class_name']}"],
-            None,
-        )
+        evidence = [f"{root.name}/config.json: {alone['_class_name']}"]
+        return _finding(str(root), root, alone, None, said, evidence, None, [root.name])
     if (root / "scheduler_config.json").is_file() and (root.parent / "unet").is_dir():
         raise ValueError(f"{str(root)!r} is one part of a checkpoint; pass its parent, {str(root.parent)!r}")
     index = read_json(root / "model_index.json") if (root / "model_index.json").is_file() else {}
@@ -94,11 +84,11 @@ def _directory(root: Path, said: Mapping[str, Any]) -> Finding:
     if index:
         evidence.insert(0, f"model_index.json: {index.get('_class_name')}")
     vae = read_json(root / "vae/config.json") if (root / "vae/config.json").is_file() else None
-    names = [str(c.get("_name_or_path", "")) for c in (index, config, scheduler or {})] + [root.name]
+    names = [str(c.get("_name_or_path", "")) for c in (index, config, scheduler or {})]
+    names += [root.name, *(p.name for p in root.parents if p.name.startswith("models--"))]  # the hub's cache
     more = [k for k, v in index.items() if k != part and re.match(r"(unet|transformer)", k) and any(v)] or parts[1:]
     finding = _finding(str(root), root / part, config, scheduler, said, evidence, vae, names)
-    kind = str(index.get("_class_name"))
-    return _judged(finding, kind, more)
+    return _judged(finding, str(index.get("_class_name")), more)
 
 
 def _judged(finding: Finding, pipeline: str, more: list[str]) -> Finding:
@@ -153,9 +143,9 @@ def _finding(
         file = Path(scheduler)
         scheduler = read_json(file / "scheduler_config.json" if file.is_dir() else file)
     refusal, missing, read = None, [], None
-    if name not in MODELS and not in_memory:
+    if name not in MODELS and (not in_memory or "ModelMixin" in [c.__name__ for c in type(model).__mro__]):
         raise ValueError(
-            f"{model} holds a {name}; supported are {', '.join(MODELS)}. Another network becomes a flow by "
+            f"{what} holds a {name}; supported are {', '.join(MODELS)}. Another network becomes a flow by "
             "fs.Flow(net, path, prediction, time=...) around a function net(x, t, **cond)"
         )
     if wrong := check_channels(str(name), config):
@@ -168,6 +158,8 @@ def _finding(
         refusal = f"its network is conditioned on a guidance scale (time_cond_proj_dim, latent consistency): {JUMPS}"
     elif marks and said.get("distilled") is not False:
         refusal = f"its name says {', '.join(marks)}: {JUMPS}. If the name misleads, declare distilled=False"
+    elif name == "FluxTransformer2DModel" and not config.get("guidance_embeds") and said.get("distilled") is not False:
+        refusal = f"FLUX without guidance_embeds is the schnell model: {JUMPS}. If not, declare distilled=False"
     elif scheduler is not None:
         read = convention(completed(scheduler))
         evidence.append(f"{scheduled}: {_options(scheduler)}")
@@ -182,13 +174,17 @@ def _finding(
         evidence.append(f"vae/config.json: scaling_factor = {vae.get('scaling_factor')}")
     if config.get("out_channels") == 2 * (config.get("in_channels") or 0):
         evidence.append(f"out_channels = {config['out_channels']}, twice in_channels: a learned variance, not used")
-    count = sum(p.numel() for p in model.parameters()) if isinstance(model, nn.Module) else _count(model)
+    parameters = sum(p.numel() for p in model.parameters()) if isinstance(model, nn.Module) else count(model)
     pixels = vae is None and read is not None and name in ("UNet2DModel", "UNet2DConditionModel")
 
+    told = "prediction" in said or "time" in said
+    if read is not None and read.precondition is not None and not told:
+        require_unscaled(said.get("path"))
+
     def network(device: torch.device | str | None, dtype: torch.dtype | None) -> Any:
-        net = model if isinstance(model, nn.Module) else _built(model, str(name), dtype, said.get("variant"))
+        net = model if isinstance(model, nn.Module) else built(model, str(name), dtype, said.get("variant"))
         net = wrap(place(net, device, dtype if in_memory else None)).eval()
-        return net if read is None or "path" in said else read.wrap(net)
+        return net if read is None or told else read.wrap(net)
 
     finding = Finding(
         what,
@@ -198,7 +194,7 @@ def _finding(
         data_range=read.data_range if read is not None and pixels else None,
         latent_scale=scale,
         latent_shift=shift,
-        parameters=count,
+        parameters=parameters,
         missing=tuple(missing),
         refusal=refusal,
         network=network,
@@ -228,79 +224,3 @@ def _latent(vae: Mapping[str, Any] | None) -> tuple[Any, Any]:
     if mean is not None and std is not None:
         return tuple((1.0 if scale is None else scale) / s for s in std), tuple(mean)
     return scale, shift
-
-
-def _count(directory: Path) -> int | None:
-    """Parameters by the headers of safetensors; None for other files or none."""
-    try:
-        files = shards(directory)
-    except FileNotFoundError:
-        return None
-    if files[0].suffix != ".safetensors":
-        return None
-    return sum(math.prod(shape) for f in files for shape in safetensors_header(f)[1].values())
-
-
-def _built(directory: Path, name: str, dtype: torch.dtype | None, variant: str | None) -> nn.Module:
-    """The network from its directory, every file looked at first and every weight accounted for."""
-    files = shards(directory)
-    for file in files:
-        if file.suffix == ".safetensors":
-            safetensors_header(file)
-            continue
-        looked = Source.of(file)
-        if looked.unsafe or looked.kind != "torch":
-            raise UnsafeFile(
-                f"{file} is a pickle that imports {', '.join(looked.unsafe[:4]) or 'objects'}: it may execute code "
-                "when read, and weights have no need of that; convert it to safetensors"
-            )
-    library = require("diffusers", "diffusers", "loading a diffusers checkpoint")
-    options: dict[str, Any] = {} if dtype is None else {"torch_dtype": dtype}
-    if variant is not None:
-        options["variant"] = variant
-    elif files[0].suffix == ".safetensors" and files[0].name.count(".") > 1 and "-of-" not in files[0].name:
-        options["variant"] = files[0].name.split(".")[1]
-    try:
-        net, told = getattr(library, name).from_pretrained(
-            directory,
-            use_safetensors=files[0].suffix == ".safetensors",
-            local_files_only=True,
-            output_loading_info=True,
-            **options,
-        )
-    except (RuntimeError, ValueError, OSError, KeyError) as error:
-        reason = str(error).splitlines() or [type(error).__name__]
-        raise ValueError(
-            f"the weights of {files[0]} do not belong to the configuration of {directory / 'config.json'}: "
-            f"{' '.join(reason)[:300]}"
-        ) from error
-    for what in ("missing_keys", "mismatched_keys", "error_msgs"):
-        if told.get(what):
-            first = ", ".join(str(k) for k in list(told[what])[:3])
-            raise ValueError(
-                f"the weights of {files[0]} do not belong to the configuration of {directory / 'config.json'}: "
-                f"{len(told[what])} {what.replace('_', ' ')} ({first})"
-            )
-    return net  # type: ignore[no-any-return]
-
-
-def save(unet: Any, scheduler: Any, directory: str | Path, pipeline: str = "DDPMPipeline") -> None:
-    """Write a diffusers directory: model_index.json, unet/ (safetensors) and scheduler/.
-
-    Args:
-        unet: a diffusers model.
-        scheduler: a diffusers scheduler.
-        directory: created if it does not exist.
-        pipeline: the class name that model_index.json gives.
-    """
-    root = Path(directory)
-    root.mkdir(parents=True, exist_ok=True)
-    unet.save_pretrained(root / "unet", safe_serialization=True)
-    scheduler.save_pretrained(root / "scheduler")
-    index = {
-        "_class_name": pipeline,
-        "_diffusers_version": require("diffusers", "diffusers", "writing a checkpoint").__version__,
-        "scheduler": ["diffusers", type(scheduler).__name__],
-        "unet": ["diffusers", type(unet).__name__],
-    }
-    (root / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
