@@ -140,9 +140,13 @@ class Source:
             return self
         try:
             with torch.serialization.safe_globals([argparse.Namespace]):
-                self.content = torch.load(self.file, map_location="cpu", weights_only=not self.unsafe)  # type: ignore[arg-type]
+                assert self.file is not None
+                mapped = zipfile.is_zipfile(self.file)  # its tensors stay on disk until they are used
+                self.content = torch.load(self.file, map_location="cpu", weights_only=not self.unsafe, mmap=mapped)
         except Exception as error:  # torch's reader raises all kinds on a broken file
             raise ValueError(f"{self.file} is broken or truncated and cannot be read: {first_line(error)}") from error
+        if isinstance(self.content, torch.nn.Module):  # a whole module, which was trusted
+            return Source(self.content, "object")
         if isinstance(self.content, Mapping):
             self.top = tuple(str(k) for k in self.content)
             self.tensors = {k: tuple(v.shape) for k, v in self.state().items()}
@@ -157,6 +161,17 @@ class Source:
                 "your rights on this machine. If you trust where it comes from, pass trust_pickle=True; otherwise "
                 "ask for safetensors"
             )
+
+    def number(self, name: str, default: float) -> float:
+        """The first number of a tensor, by its full name, without reading the others."""
+        if name not in self.tensors:
+            return default
+        if self.kind == "safetensors":
+            from safetensors import safe_open
+
+            with safe_open(str(self.file), framework="pt") as stored:
+                return float(stored.get_tensor(name).flatten()[0])
+        return float(self.state()[name].flatten()[0])
 
     def state(self) -> dict[str, Tensor]:
         """The weights by name, without the prefixes that parallel training and compiling add."""

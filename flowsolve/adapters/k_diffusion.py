@@ -49,7 +49,7 @@ def recognise(source: Source, said: Mapping[str, Any], asked: bool) -> Finding |
     if source.kind != "object" or not isinstance(source.given, nn.Module):
         return None
     net: Any = source.given
-    known = [c.__name__ for c in type(net).__mro__ if c.__module__.split(".")[0] == "k_diffusion"]
+    known = [c.__name__ for c in type(net).__mro__ if "k_diffusion" in c.__module__.split(".")]
     kinds = ("DiscreteEpsDDPMDenoiser", "DiscreteVDDPMDenoiser", "VDenoiser", "Denoiser")
     kind = next((k for k in kinds if k in known), None)
     if kind is None:

@@ -99,7 +99,7 @@ def _unet(source: Source, said: Mapping[str, Any], bare: Mapping[str, Any], widt
     time: Any = "native"
     clock, edm = "σ", None
     if "edm_vpred.sigma_max" in marks:
-        low, high = _number(source, "edm_vpred.sigma_min", 0.002), _number(source, "edm_vpred.sigma_max", 120.0)
+        low, high = source.number("edm_vpred.sigma_min", 0.002), source.number("edm_vpred.sigma_max", 120.0)
         path, prediction, edm, clock = EDM(low, high), preconditioned(1.0, v=True), 1.0, "¼ log σ"
     elif "edm_mean" in marks or "edm_std" in marks:
         path, prediction, edm, clock = EDM(), preconditioned(0.5), 0.5, "¼ log σ"
@@ -161,11 +161,6 @@ def _filled(source: Source, said: Mapping[str, Any], device: Any, dtype: Any) ->
     if any(k.startswith(PREFIX) for k in state):
         state = {k.removeprefix(PREFIX): v for k, v in state.items() if k.startswith(PREFIX)}
     return place(fill(said["net"], {k: v for k, v in state.items() if k not in EDM_STATE}, source.file), device, dtype)
-
-
-def _number(source: Source, key: str, default: float) -> float:
-    value = source.state().get(key)
-    return default if value is None else float(value.flatten()[0])
 
 
 def _count(bare: Mapping[str, Any]) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import pickle
+import sys
+import types
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -167,4 +169,34 @@ def test_pickles_need_trust(tmp_path: Path) -> None:
         torch.testing.assert_close(flow.net(x, torch.ones(2)), net(x, torch.ones(2)))
     file.write_bytes(pickle.dumps({"G": net}))
     with pytest.raises(ValueError, match=r"edm-cifar10.pkl holds G; expected an entry 'ema'"):
+        adapters.load(file, trust_pickle=True)
+
+
+def test_pickles_that_carry_their_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the published files are: a rebuilding function of torch_utils with the class's name in its arguments."""
+    built = []
+
+    def rebuild(meta: dict[str, Any]) -> nn.Module:
+        built.append(meta["class_name"])
+        return EDMPrecond()
+
+    module, package = types.ModuleType("torch_utils.persistence"), types.ModuleType("torch_utils")
+    rebuild.__module__, rebuild.__qualname__ = "torch_utils.persistence", "_reconstruct_persistent_obj"
+    module._reconstruct_persistent_obj = rebuild  # type: ignore[attr-defined]
+    package.persistence = module  # type: ignore[attr-defined]
+
+    class Stored:
+        def __reduce__(self) -> Any:
+            return rebuild, ({"type": "class", "module_src": "import os", "class_name": "EDMPrecond", "state": {}},)
+
+    file = tmp_path / "edm.pkl"
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "torch_utils", package)
+        patch.setitem(sys.modules, "torch_utils.persistence", module)
+        file.write_bytes(pickle.dumps({"ema": Stored()}))
+        finding = adapters.inspect(file)
+        assert (finding.format, finding.confidence, built) == ("edm", 0.95, [])
+        assert adapters.load(file, trust_pickle=True).path == EDM()
+        assert built == ["EDMPrecond"]
+    with pytest.raises(ValueError, match=r"edm.pkl needs the module 'torch_utils' of the repository that wrote it"):
         adapters.load(file, trust_pickle=True)

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
@@ -34,6 +36,11 @@ class Bomb:
 
     def __reduce__(self) -> Any:
         return os.mkdir, (str(self.target),)
+
+
+class Time(nn.Module):
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return x * t[:, None]
 
 
 def bombed(root: Path, target: Path) -> list[Path]:
@@ -79,7 +86,8 @@ def test_a_malicious_pickle_in_a_diffusers_directory(tmp_path: Path) -> None:
         for trust in (False, True):  # even trust does not make a pickle out of weights
             with pytest.raises(ValueError, match=r"diffusion_pytorch_model.bin is a pickle that imports .*mkdir"):
                 adapters.load(root, trust_pickle=trust)
-        adapters.inspect(root)
+        with pytest.raises(ValueError, match=r"it may execute code when read"):
+            adapters.inspect(root)
         assert not target.exists()
 
 
@@ -228,6 +236,38 @@ def test_truncated_and_mismatched_weights_in_a_directory(tmp_path: Path) -> None
     save_file({**state, "conv_in.bias": torch.zeros(9)}, str(file))
     with pytest.raises(ValueError, match=r"safetensors do not belong to .*conv_in.bias"):
         adapters.load(root)
+    save_file({**state, "extra": torch.zeros(2)}, str(file))
+    with pytest.raises(ValueError, match=r"safetensors do not belong to .*1 unexpected keys \(extra\)"):
+        adapters.load(root)
     (root / "model_index.json").write_text("{")
     with pytest.raises(ValueError, match=r"model_index.json is not valid JSON"):
         adapters.load(root)
+
+
+@given(st.sampled_from(["new.pt", "old.pt", "net.safetensors"]), st.data())
+def test_a_damaged_file_is_a_clear_error_or_harmless(
+    tmp_path_factory: pytest.TempPathFactory, name: str, data: Any
+) -> None:
+    """Whatever bytes are changed or cut, the answer is a ValueError that names the file, or weights."""
+    file = tmp_path_factory.mktemp("damaged") / name
+    state = nn.Linear(2, 2).state_dict()
+    if name == "net.safetensors":
+        save_file(state, str(file))
+    else:
+        torch.save(state, file, _use_new_zipfile_serialization=name == "new.pt")
+    content = bytearray(file.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    file.write_bytes(bytes(content[: data.draw(st.integers(0, len(content)))]))
+    try:
+        adapters.load(file, net=nn.Linear(2, 2), **SAID)
+    except ValueError as error:
+        assert name in str(error)  # noqa: PT017
+
+
+def test_a_whole_module_needs_trust(tmp_path: Path) -> None:
+    torch.save(Time(), tmp_path / "module.pt")
+    with pytest.raises(adapters.Unrecognised, match=r"trust_pickle=True \(it imports .*Time"):
+        adapters.load(tmp_path / "module.pt", **SAID)
+    flow = adapters.load(tmp_path / "module.pt", trust_pickle=True, **SAID)
+    assert torch.equal(flow.velocity(torch.ones(2, 1), 0.5), torch.full((2, 1), 0.5))

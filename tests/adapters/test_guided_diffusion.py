@@ -97,3 +97,17 @@ def test_a_declared_table(tmp_path: Path) -> None:
     assert float(flow.clock(path.time_from_native(100.0))) == 100.0
     flow = adapters.load(file, net=ADM(), path=path, steps=250, rescale_timesteps=True)
     assert float(flow.clock(path.time_from_native(100.0))) == pytest.approx(400.0)
+
+
+def test_a_network_in_memory() -> None:
+    """Known by the package that its class is of; the schedule is asked for all the same."""
+
+    class UNetModel(ADM):
+        pass
+
+    UNetModel.__module__ = "guided_diffusion.unet"
+    with pytest.raises(adapters.Unrecognised, match=r"class UNetModel of guided_diffusion.*declare schedule="):
+        adapters.load(UNetModel())
+    flow = adapters.load(UNetModel(), schedule="linear")
+    assert flow.path == Discrete.linear()
+    assert flow.noise(torch.zeros(2, 3, 4, 4), 0.5).shape == (2, 3, 4, 4)

@@ -174,7 +174,11 @@ def _finding(
         evidence.append(f"vae/config.json: scaling_factor = {vae.get('scaling_factor')}")
     if config.get("out_channels") == 2 * (config.get("in_channels") or 0):
         evidence.append(f"out_channels = {config['out_channels']}, twice in_channels: a learned variance, not used")
-    parameters = sum(p.numel() for p in model.parameters()) if isinstance(model, nn.Module) else count(model)
+    parameters = (
+        sum(p.numel() for p in model.parameters())
+        if isinstance(model, nn.Module)
+        else count(model, said.get("variant"))
+    )
     pixels = vae is None and read is not None and name in ("UNet2DModel", "UNet2DConditionModel")
 
     told = "prediction" in said or "time" in said

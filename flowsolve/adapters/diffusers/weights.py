@@ -74,23 +74,17 @@ def _variant(file: Path) -> str | None:
     return None if match is None else match.group(1) or match.group(2)
 
 
-def count(directory: Path) -> int | None:
-    """Parameters by the headers of safetensors; None for other files or none."""
-    try:
-        files = shards(directory)
-    except FileNotFoundError:
-        return None
-    if files[0].suffix != ".safetensors":
-        return None
-    return sum(math.prod(shape) for f in files for shape in safetensors_header(f)[1].values())
+def count(directory: Path, variant: str | None = None) -> int:
+    """The parameters in the weight files, each of which is looked at: headers of safetensors, pickles by their opcodes.
 
-
-def built(directory: Path, name: str, dtype: torch.dtype | None, variant: str | None) -> nn.Module:
-    """The network from its directory, every file looked at first and every weight accounted for."""
-    files = shards(directory, variant)
-    for file in files:
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a broken file, or (`UnsafeFile`) one that would run code; the message names it.
+    """
+    total = 0
+    for file in shards(directory, variant):
         if file.suffix == ".safetensors":
-            safetensors_header(file)
+            total += sum(math.prod(shape) for shape in safetensors_header(file)[1].values())
             continue
         looked = Source.of(file)
         if looked.unsafe or looked.kind != "torch":
@@ -98,6 +92,14 @@ def built(directory: Path, name: str, dtype: torch.dtype | None, variant: str | 
                 f"{file} is a pickle that imports {', '.join(looked.unsafe[:4]) or 'objects'}: it may execute code "
                 "when read, and weights have no need of that; convert it to safetensors"
             )
+        total += sum(math.prod(shape) for shape in looked.tensors.values())
+    return total
+
+
+def built(directory: Path, name: str, dtype: torch.dtype | None, variant: str | None) -> nn.Module:
+    """The network from its directory, every file looked at first and every weight accounted for."""
+    count(directory, variant)
+    files = shards(directory, variant)
     library = require("diffusers", "diffusers", "loading a diffusers checkpoint")
     options: dict[str, Any] = {} if dtype is None else {"torch_dtype": dtype}
     if (marked := _variant(files[0])) is not None:
@@ -116,7 +118,7 @@ def built(directory: Path, name: str, dtype: torch.dtype | None, variant: str | 
             f"the weights of {files[0]} do not belong to the configuration of {directory / 'config.json'}: "
             f"{' '.join(reason)[:300]}"
         ) from error
-    for what in ("missing_keys", "mismatched_keys", "error_msgs"):
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if told.get(what):
             first = ", ".join(str(k) for k in list(told[what])[:3])
             raise ValueError(
