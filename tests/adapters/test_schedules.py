@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -99,8 +99,7 @@ def test_noising(drawn: tuple[str, dict[str, Any]], place: int) -> None:
     if multistep and takes(name, "timestep_spacing"):
         config["timestep_spacing"] = "trailing"
     scheduler = getattr(diffusers, name)(**config)
-    if not hasattr(scheduler, "add_noise"):
-        return
+    assume(hasattr(scheduler, "add_noise") and name != "RePaintScheduler")  # it has one that only raises
     n = config["num_train_timesteps"]
     k = place % n
     if multistep:  # before set_timesteps their σ run the other way than their timesteps
@@ -196,6 +195,8 @@ def test_flow_matching(name: str, steps: int, shift: float, dynamic: bool) -> No
 @pytest.mark.parametrize("kind", ["flow_prediction", "epsilon", "sample"])
 def test_flow_sigmas_of_multistep_schedulers(name: str, kind: str) -> None:
     """With use_flow_sigmas the data estimate at their own σ and timestep is ours."""
+    if not takes(name, "use_flow_sigmas"):
+        pytest.skip("this diffusers has no flow sigmas")
     options = {"algorithm_type": "dpmsolver++"} if name.startswith("DPM") else {}
     scheduler = getattr(diffusers, name)(use_flow_sigmas=True, flow_shift=3.0, prediction_type=kind, **options)
     scheduler.set_timesteps(6)
@@ -300,7 +301,6 @@ def test_every_scheduler_of_diffusers_is_read_or_refused() -> None:
     import diffusers.schedulers as module
 
     names = sorted({n for n in dir(module) if n.endswith("Scheduler") and n != "KarrasDiffusionSchedulers"})
-    assert set(SUPPORTED) <= set(names)
     for name in names:
         if name in SUPPORTED:
             continue
@@ -326,3 +326,9 @@ def test_refusals() -> None:
             convention({**edm, "prediction_type": "sample"})
     with pytest.raises(ValueError, match="beta_schedule = 'quadratic' is not supported"):
         alphas_cumprod({"num_train_timesteps": 10, "beta_schedule": "quadratic"})
+
+
+def test_an_option_of_a_newer_version_is_kept() -> None:
+    """What the installed scheduler class does not know is not dropped in silence."""
+    config = completed({"_class_name": "DDPMScheduler", "use_flow_sigmas": True, "prediction_type": "epsilon"})
+    assert convention(config).path == CondOT()

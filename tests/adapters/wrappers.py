@@ -21,7 +21,7 @@ def load(name: str) -> Any:
     """The real k_diffusion.<name>; skips the test where the package is absent."""
     spec = importlib.util.find_spec("k_diffusion")
     if spec is None or spec.origin is None:
-        pytest.skip("k-diffusion is not installed")
+        pytest.skip("k-diffusion is not installed", allow_module_level=True)
     parent, utils = types.ModuleType("k_diffusion"), types.ModuleType("k_diffusion.utils")
     parent.__path__ = [str(Path(spec.origin).parent)]
     utils.append_dims = append_dims  # type: ignore[attr-defined]

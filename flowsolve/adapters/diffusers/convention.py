@@ -159,8 +159,10 @@ def completed(scheduler: Any) -> dict[str, Any]:
         ValueError: a scheduler that is not supported.
     """
     library = require("diffusers", "diffusers", "reading a diffusers scheduler")
+    told: dict[str, Any] = {}
     if isinstance(scheduler, Mapping):
-        name = scheduler.get("_class_name")
+        told = dict(scheduler)
+        name = told.get("_class_name")
         if name is None:
             raise ValueError(
                 "scheduler None is not supported: its configuration has no _class_name. Pass the scheduler itself, or "
@@ -170,10 +172,11 @@ def completed(scheduler: Any) -> dict[str, Any]:
             raise ValueError(f"{name} is not supported: {JUMPS}")
         if name not in SUPPORTED:
             raise ValueError(_unsupported(f"scheduler {name}", SUPPORTED))
-        scheduler = getattr(library.schedulers, name).from_config(
-            dict(scheduler)
-        )  # completes what an older version left out
-    return {**dict(scheduler.config), "_class_name": type(scheduler).__name__}
+        if not hasattr(library.schedulers, name):
+            raise ValueError(f"diffusers {library.__version__} has no {name}; install a newer one")
+        scheduler = getattr(library.schedulers, name).from_config(told)  # completes what an older version left out
+    # an option that the installed version does not know yet still says what the network was trained on
+    return {**told, **dict(scheduler.config), "_class_name": type(scheduler).__name__}
 
 
 def convention(config: Mapping[str, Any]) -> Convention:
