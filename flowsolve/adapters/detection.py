@@ -69,8 +69,11 @@ def inspect(source: Any, *, format: str | None = None, trust_pickle: bool = Fals
         ValueError: a broken or mismatched file, an unknown format, or something that is not supported.
         TypeError: something declared that this format does not take.
     """
-    if format is not None and format not in FORMATS:
-        raise ValueError(f"format = {format!r}; expected one of {', '.join(FORMATS)}")
+    if format is not None:
+        plainly = {name.replace("_", "-"): name for name in FORMATS}
+        if format.lower().replace("_", "-") not in plainly:
+            raise ValueError(f"format = {format!r}; expected one of {', '.join(FORMATS)}")
+        format = plainly[format.lower().replace("_", "-")]
     known = {name for adapter in ADAPTERS for name in (*GENERAL, *adapter.DECLARES)}
     if unknown := [k for k in declared if k not in known]:
         raise TypeError(f"no adapter takes {', '.join(unknown)}; what can be declared is {', '.join(sorted(known))}")
@@ -132,7 +135,8 @@ def _nothing(source: Source, format: str | None) -> Finding:
     if source.kind == "object":
         seen.append(f"an object of class {type(source.given).__module__}.{type(source.given).__name__}")
     else:
-        seen.append(f"a {source.kind}" if source.kind != "export" else "a torch.export archive")
+        kinds = {"torch": "a torch archive", "export": "a torch.export archive", "safetensors": "a safetensors file"}
+        seen.append(kinds.get(source.kind, f"a {source.kind}"))
     if source.unsafe:
         seen.append(f"a pickle that imports {', '.join(source.unsafe[:3])}")
     if source.tensors:

@@ -19,7 +19,7 @@ from flowsolve.adapters.networks import TIMES, Wrapper
 
 __all__ = ["DECLARES", "NAMES", "recognise"]
 
-NAMES = ("export", "pt2")
+NAMES = ("export",)
 DECLARES = ("arguments",)
 
 

@@ -28,7 +28,7 @@ from flowsolve.predictions import PREDICTIONS
 
 __all__ = ["DECLARES", "NAMES", "recognise"]
 
-NAMES = ("guided-diffusion", "guided_diffusion", "adm")
+NAMES = ("guided-diffusion", "adm")
 DECLARES = ("net", "schedule", "steps", "rescale_timesteps", "predict_xstart")
 LAYERS = ("time_embed.0.weight", "input_blocks.0.0.weight", "middle_block.0.in_layers.0.weight", "out.2.weight")
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}

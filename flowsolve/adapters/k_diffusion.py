@@ -28,7 +28,7 @@ from flowsolve.predictions import PREDICTIONS
 
 __all__ = ["DECLARES", "NAMES", "recognise"]
 
-NAMES = ("k-diffusion", "k_diffusion")
+NAMES = ("k-diffusion",)
 DECLARES = ("sigma_min", "sigma_max", "rho")
 
 

@@ -31,7 +31,7 @@ from flowsolve.predictions import PREDICTIONS
 
 __all__ = ["DECLARES", "NAMES", "recognise"]
 
-NAMES = ("score_sde", "score-sde")
+NAMES = ("score_sde",)
 DECLARES = ("net", "sde", "beta_min", "beta_max", "sigma_min", "sigma_max", "continuous")
 CLASSES = ("NCSNpp", "DDPM", "NCSNv2", "NCSNv2_128", "NCSNv2_256", "NCSN")
 SDES = {"vp": "vp", "vpsde": "vp", "subvp": "subvp", "sub-vp": "subvp", "subvpsde": "subvp", "ve": "ve", "vesde": "ve"}

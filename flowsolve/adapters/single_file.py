@@ -34,7 +34,7 @@ from flowsolve.predictions import PREDICTIONS, Prediction
 
 __all__ = ["DECLARES", "NAMES", "recognise"]
 
-NAMES = ("stable-diffusion", "single-file")
+NAMES = ("stable-diffusion",)
 DECLARES = ("net", "distilled")
 PREFIX = "model.diffusion_model."
 WIDTHS = {768: "SD 1", 1024: "SD 2", 1280: "SDXL refiner", 2048: "SDXL"}
@@ -100,9 +100,9 @@ def _unet(source: Source, said: Mapping[str, Any], bare: Mapping[str, Any], widt
     clock, edm = "σ", None
     if "edm_vpred.sigma_max" in marks:
         low, high = source.number("edm_vpred.sigma_min", 0.002), source.number("edm_vpred.sigma_max", 120.0)
-        path, prediction, edm, clock = EDM(low, high), preconditioned(1.0, v=True), 1.0, "¼ log σ"
+        path, prediction, edm, clock = EDM(low, high), preconditioned(1.0, v=True), 1.0, "σ; inside, ¼ log σ"
     elif "edm_mean" in marks or "edm_std" in marks:
-        path, prediction, edm, clock = EDM(), preconditioned(0.5), 0.5, "¼ log σ"
+        path, prediction, edm, clock = EDM(), preconditioned(0.5), 0.5, "σ; inside, ¼ log σ"
     else:
         zero = "ztsnr" in marks
         config = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "rescale_betas_zero_snr": zero}

@@ -33,7 +33,7 @@ from flowsolve.predictions import PREDICTIONS
 
 __all__ = ["DECLARES", "NAMES", "Smoothed", "recognise"]
 
-NAMES = ("torchcfm", "flow_matching", "velocity")
+NAMES = ("torchcfm", "flow_matching")
 DECLARES = ("net", "matcher", "arguments")
 
 

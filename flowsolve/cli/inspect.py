@@ -78,10 +78,10 @@ def rows(finding: Finding) -> list[tuple[str, str]]:
         ("confidence", confidence),
         ("evidence", "\n".join(finding.evidence)),
         ("path", path),
-        ("λ, noise to data", _ends(finding.log_snr, infinite=True)),
+        ("λ, noise to data", _ends(finding.log_snr, infinite=True) or None),
         ("prediction", None if finding.prediction is None else finding.prediction.name),
         ("native time", native or finding.clock or None),
-        ("data range", _ends(span) or None),
+        ("data range", _ends(span) or ("latents" if latent else None)),
         ("latent", latent),
         ("parameters", None if count is None else f"{count:,}"),
     ]

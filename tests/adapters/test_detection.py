@@ -10,6 +10,7 @@ from torch import nn
 
 from flowsolve import adapters
 from flowsolve.adapters.finding import THRESHOLD
+from tests.adapters import tiny
 from tests.adapters.corpus import CORPUS
 
 
@@ -59,6 +60,7 @@ def test_the_corpus_is_large_enough() -> None:
 def test_unknown_formats_and_options(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="format = 'jax'; expected one of diffusers, edm"):
         adapters.load(tmp_path, format="jax")
+    assert adapters.inspect(tiny.DiT(), format="DiT").format == "dit"
     with pytest.raises(TypeError, match="no adapter takes shedule; what can be declared is"):
         adapters.load(tmp_path, shedule="linear")
     with pytest.raises(TypeError, match="dtype = 'half'"):

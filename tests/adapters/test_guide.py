@@ -85,5 +85,5 @@ def test_the_table_names_every_format() -> None:
     text = GUIDE.read_text(encoding="utf-8")
     table = text[text.index("## Formats") : text.index("## What a checkpoint says")].lower()
     for name in adapters.FORMATS:
-        if name not in ("plain", "velocity", "pt2", "single-file", "stable-diffusion"):  # under other words
+        if name not in ("plain", "stable-diffusion"):  # under other words
             assert name.replace("_", "-") in table.replace("_", "-"), name

@@ -328,3 +328,13 @@ def test_a_declared_path_behind_preconditioning() -> None:
         torch.testing.assert_close(flow.data(sigma * x, 0.3), expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match=r"scales the data, but the network is behind EDM's preconditioning"):
         adapters.load(model, scheduler=scheduler, path=fs.paths.VP())
+
+
+def test_latents_with_a_mean_and_a_spread_for_each_channel(tmp_path: Path) -> None:
+    """(encoded − mean) · scaling_factor / std, as Playground's and Wan's pipelines have it."""
+    vae = {"scaling_factor": 0.5, "latents_mean": [0.1, -0.2], "latents_std": [2.0, 4.0]}
+    root = saved(tmp_path / "m", "unet", tiny.unet_condition(), diffusers.DDPMScheduler(), "Pipeline", vae)
+    finding = adapters.inspect(root)
+    assert finding.latent_scale == (0.25, 0.125)
+    assert finding.latent_shift == (0.1, -0.2)
+    assert finding.summary()["latent_scale"] == [0.25, 0.125]

@@ -222,7 +222,9 @@ def convention(config: Mapping[str, Any]) -> Convention:
         # σ_min and σ_max where they are given, else those of the table, whose last ᾱ may be 0 (2⁻²⁴ in diffusers)
         ends = [math.sqrt((1.0 - a) / a) for a in (float(table[0]), max(float(table[-1]), 2.0**-24))]
         low, high = (float(config.get(k) or v) for k, v in zip(("sigma_min", "sigma_max"), ends, strict=True))
-        return Convention(EDM(low, high), preconditioned(1.0, v=True), clock="¼ log σ", precondition=(1.0, "log"))
+        return Convention(
+            EDM(low, high), preconditioned(1.0, v=True), clock="σ; inside, ¼ log σ", precondition=(1.0, "log")
+        )
     return Convention(Discrete(table), PREDICTIONS[PREDICTION_TYPES[kind]])
 
 
@@ -244,7 +246,7 @@ def _edm(name: str, config: Mapping[str, Any]) -> Convention:
     return Convention(
         path,
         preconditioned(data, v=kind == "v_prediction"),
-        clock="(2/π) arctan σ" if atan else "¼ log σ",
+        clock=f"σ; inside, {'(2/π) arctan σ' if atan else '¼ log σ'}",
         precondition=(data, "atan" if atan else "log"),
     )
 
