@@ -338,3 +338,21 @@ def test_latents_with_a_mean_and_a_spread_for_each_channel(tmp_path: Path) -> No
     assert finding.latent_scale == (0.25, 0.125)
     assert finding.latent_shift == (0.1, -0.2)
     assert finding.summary()["latent_scale"] == [0.25, 0.125]
+
+
+def test_a_scheduler_made_from_the_pipeline_s_own() -> None:
+    """Another library's scheduler, made from the configuration of the pipeline's, says what that said."""
+
+    class Other:
+        def __init__(self, **config: Any) -> None:
+            self.config = config
+
+    betas = {"num_train_timesteps": 100, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+    for kept in (
+        {"_class_name": "DDIMScheduler"},
+        {"flowsolve": {"scheduler": "DDIMScheduler"}, "_class_name": "Other"},
+    ):
+        flow = adapters.load(tiny.unet(), scheduler=Other(**betas, **kept, prediction_type="v_prediction"))
+        assert (flow.path, flow.prediction.name) == (Discrete.linear(100), "v")
+    with pytest.raises(ValueError, match="scheduler Other is not supported"):
+        adapters.load(tiny.unet(), scheduler=Other(**betas))

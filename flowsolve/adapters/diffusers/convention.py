@@ -65,6 +65,7 @@ __all__ = [
     "Convention",
     "alphas_cumprod",
     "as_flow",
+    "class_name",
     "completed",
     "convention",
 ]
@@ -162,7 +163,7 @@ def completed(scheduler: Any) -> dict[str, Any]:
     told: dict[str, Any] = {}
     if isinstance(scheduler, Mapping):
         told = dict(scheduler)
-        name = told.get("_class_name")
+        name = class_name(told)
         if name is None:
             raise ValueError(
                 "scheduler None is not supported: its configuration has no _class_name. Pass the scheduler itself, or "
@@ -176,7 +177,21 @@ def completed(scheduler: Any) -> dict[str, Any]:
             raise ValueError(f"diffusers {library.__version__} has no {name}; install a newer one")
         scheduler = getattr(library.schedulers, name).from_config(told)  # completes what an older version left out
     # an option that the installed version does not know yet still says what the network was trained on
-    return {**told, **dict(scheduler.config), "_class_name": type(scheduler).__name__}
+    return {**told, **dict(scheduler.config), "_class_name": class_name(scheduler)}
+
+
+def class_name(scheduler: Any) -> str | None:
+    """The class of diffusers' scheduler that an object, or a configuration, has its training convention from.
+
+    A scheduler of another library that was made by `from_config` of the pipeline's own keeps its name: as "_class_name"
+    or, as this package's, under "flowsolve".
+    """
+    config = scheduler if isinstance(scheduler, Mapping) else scheduler.config
+    own = None if isinstance(scheduler, Mapping) else type(scheduler).__name__
+    if own in SUPPORTED or own in DISTILLED:
+        return own
+    kept = config.get("flowsolve")
+    return (kept.get("scheduler") if isinstance(kept, Mapping) else None) or config.get("_class_name") or own
 
 
 def convention(config: Mapping[str, Any]) -> Convention:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flowsolve.adapters.diffusers.convention import DISTILLED, JUMPS, completed, convention
+from flowsolve.adapters.diffusers.convention import DISTILLED, JUMPS, class_name, completed, convention
 from flowsolve.adapters.diffusers.models import MODELS, check_channels, wrap
 from flowsolve.adapters.diffusers.weights import built, count
 from flowsolve.adapters.files import Source, read_json
@@ -150,7 +150,7 @@ def _finding(
         )
     if wrong := check_channels(str(name), config):
         raise ValueError(f"{model}: {wrong}" if not in_memory else wrong)
-    scheduled = scheduler.get("_class_name") if isinstance(scheduler, Mapping) else type(scheduler).__name__
+    scheduled = None if scheduler is None else class_name(scheduler)
     marks = sorted({m.group(1).lower() for n in names or () for m in MARKS.finditer(n)})
     if scheduled in DISTILLED:
         refusal = f"its scheduler is {scheduled}: {JUMPS}"
