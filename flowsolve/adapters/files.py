@@ -141,8 +141,9 @@ class Source:
         try:
             with torch.serialization.safe_globals([argparse.Namespace]):
                 assert self.file is not None
+                plainly = not (trust_pickle and self.unsafe)
                 mapped = zipfile.is_zipfile(self.file)  # its tensors stay on disk until they are used
-                self.content = torch.load(self.file, map_location="cpu", weights_only=not self.unsafe, mmap=mapped)
+                self.content = torch.load(self.file, map_location="cpu", weights_only=plainly, mmap=mapped)
         except Exception as error:  # torch's reader raises all kinds on a broken file
             raise ValueError(f"{self.file} is broken or truncated and cannot be read: {first_line(error)}") from error
         if isinstance(self.content, torch.nn.Module):  # a whole module, which was trusted
