@@ -57,8 +57,12 @@ def edit(file: Path, **changes: Any) -> None:
 @pytest.mark.parametrize("name", TABLE_SCHEDULERS)
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
 def test_tables_are_those_of_diffusers(name: str, schedule: str) -> None:
-    scheduler = getattr(diffusers, name)(beta_schedule=schedule, beta_start=2e-4, beta_end=0.012)
-    torch.testing.assert_close(alphas_cumprod(scheduler.config).float(), scheduler.alphas_cumprod, rtol=2e-4, atol=1e-7)
+    if name == "UnCLIPScheduler":  # it has one schedule
+        scheduler = diffusers.UnCLIPScheduler()
+    else:
+        scheduler = getattr(diffusers, name)(beta_schedule=schedule, beta_start=2e-4, beta_end=0.012)
+    theirs = scheduler.alphas_cumprod.float()
+    torch.testing.assert_close(alphas_cumprod(scheduler.config).float(), theirs, rtol=2e-4, atol=1e-7)
     flow = as_flow(tiny(), scheduler)
     assert isinstance(flow.path, Discrete)
     k = torch.tensor([0.0, 1.0, 517.0, 999.0], dtype=torch.float64)
@@ -158,9 +162,9 @@ def test_an_older_configuration_is_completed(checkpoint: Path) -> None:
 
 
 def test_wrong_paths(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="not a directory"):
+    with pytest.raises(FileNotFoundError, match="not a directory or file on this machine"):
         adapters.load("google/ddpm-cifar10-32")
-    with pytest.raises(FileNotFoundError, match=r"scheduler_config.json is missing.*holds model"):
+    with pytest.raises(FileNotFoundError, match=r"config.json is missing.*scheduler_config.json.*holds model"):
         adapters.load(tmp_path)
     with pytest.raises(ValueError, match="pass its parent"):
         adapters.load(checkpoint / "unet")
@@ -171,27 +175,21 @@ def test_wrong_paths(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_missing_or_pickled_weights(checkpoint: Path) -> None:
     (checkpoint / "unet/diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="no safetensors weights"):
+    with pytest.raises(FileNotFoundError, match=r"no weights \(diffusion_pytorch_model.*holds config.json"):
         adapters.load(checkpoint)
-    (checkpoint / "unet/diffusion_pytorch_model.bin").write_bytes(b"pickle")
-    with pytest.raises(FileNotFoundError, match="may execute code"):
+    (checkpoint / "unet/diffusion_pytorch_model.bin").write_bytes(b"\x80pickle")
+    with pytest.raises(ValueError, match=r"diffusion_pytorch_model.bin is a broken or truncated pickle"):
         adapters.load(checkpoint)
 
 
 @pytest.mark.parametrize(
     ("file", "changes", "message"),
     [
-        ("unet", {"_class_name": "UNet2DConditionModel"}, "holds a UNet2DConditionModel; supported is UNet2DModel"),
-        ("unet", {"out_channels": 2}, "maps 1 channels to 2"),
-        ("scheduler", {"_class_name": "EDMEulerScheduler"}, "scheduler EDMEulerScheduler is not supported; supported"),
+        ("unet", {"_class_name": "UNet1DModel"}, "holds a UNet1DModel; supported are UNet2DModel, UNet2DCond"),
+        ("unet", {"out_channels": 3}, "maps 1 channels to 3"),
+        ("scheduler", {"_class_name": "KarrasVeScheduler"}, "scheduler KarrasVeScheduler is not supported; supported"),
         ("scheduler", {"_class_name": None}, "scheduler None is not supported"),
         ("scheduler", {"prediction_type": "flow_prediction"}, "prediction_type = 'flow_prediction' is not supported"),
-        ("scheduler", {"beta_schedule": "sigmoid"}, "beta_schedule = 'sigmoid' is not supported"),
-        (
-            "scheduler",
-            {"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True},
-            "invert_sigmas = True is not supported",
-        ),
     ],
 )
 def test_what_is_not_supported_is_refused(checkpoint: Path, file: str, changes: dict[str, Any], message: str) -> None:
@@ -209,8 +207,8 @@ def test_broken_json(checkpoint: Path, text: str, message: str) -> None:
 
 
 def test_a_scheduler_object_of_another_kind() -> None:
-    with pytest.raises(ValueError, match="EDMEulerScheduler is not supported"):
-        as_flow(tiny(), diffusers.EDMEulerScheduler())
+    with pytest.raises(ValueError, match="DDPMWuerstchenScheduler is not supported"):
+        as_flow(tiny(), diffusers.DDPMWuerstchenScheduler())
 
 
 def test_diffusers_missing(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

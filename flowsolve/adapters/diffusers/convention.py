@@ -1,54 +1,83 @@
-r"""Checkpoints of Hugging Face diffusers: a directory with `unet/` and `scheduler/`.
+r"""What a diffusers scheduler says of *training*: the path, the prediction and the clock of its network.
 
-The network is loaded by diffusers itself, from safetensors only. The scheduler is read for what it says about
-training: the table or path, the prediction, the clock. What it says about sampling (spacing, clipping, order)
-is not used.
+What it says of sampling (spacing, clipping, order, shift, Karras or beta sigmas) is for a solver and a grid to decide
+and is not used.
 
-**Discrete schedulers** (DDPM, DDIM and all that share their table) train on $\bar\alpha_k$,
-$k = 0 \dots N-1$, and tell the network the index $k$. With $\beta_k$ from the configuration and
-$\bar\alpha_k = \prod_{j\le k}(1-\beta_j)$:
+**Tables** (DDPM, DDIM and all that share their table) train on $\bar\alpha_k$, $k = 0 \dots N-1$, and tell the network
+the index $k$. With $\beta_k$ from the configuration and $\bar\alpha_k = \prod_{j\le k}(1-\beta_j)$:
 
 | `beta_schedule` | $\beta_k$ | source |
 |---|---|---|
 | `linear` | evenly from `beta_start` to `beta_end` | Ho et al. 2020 |
 | `scaled_linear` | the square of evenly spaced roots | Rombach et al. 2022 |
 | `squaredcos_cap_v2` | $\min(1 - f_{k+1}/f_k,\ 0.999)$ | Nichol & Dhariwal 2021 |
+| `laplace` | the same, from another $f$ | Hang et al. 2024 |
+| `sigmoid` | a sigmoid over $[-6, 6]$, from `beta_start` to `beta_end` | Xu et al. 2022 |
 | `trained_betas` | the list itself | |
 
-with $f_k = \cos^2\bigl(\tfrac\pi2\,\tfrac{k/N+0.008}{1.008}\bigr)$.
+with $f_k = \cos^2\bigl(\tfrac\pi2\,\tfrac{k/N+0.008}{1.008}\bigr)$. `snr_shift_scale` $s$ (CogVideoX) divides the
+SNR $\bar\alpha/(1-\bar\alpha)$ by $s$. `rescale_betas_zero_snr` moves and stretches $\sqrt{\bar\alpha_k}$ so that the
+last is 0 and the first stays (Lin et al. 2024); some schedulers put $2^{-24}$ for the 0 so that their σ stays finite.
+The path is `Discrete`, the time "native". Tables are computed in float64; diffusers' own, in float32, agree to its
+rounding.
 
-`rescale_betas_zero_snr` moves and stretches $\sqrt{\bar\alpha_k}$ so that the last is 0 and the first stays
-(Lin et al. 2024). The path is `Discrete`, the time "native". Tables are computed in float64; diffusers' own,
-in float32, agree to its rounding.
+**Flow matching** trains on $x = (1-s)\,z + s\,\varepsilon$, tells the network $N s$ ($N$ = `num_train_timesteps`) and
+predicts $\varepsilon - z$. With $t = 1 - s$ that is `CondOT`, the clock $N(1-t)$ and the row
+$(-\dot\alpha, -\dot\sigma)$. So do the multistep schedulers with `use_flow_sigmas`. `shift`, static or dynamic, only
+chooses the noise levels of sampling: a network reads the level itself, and it does not enter. With `invert_sigmas`
+(Mochi) level and output are those of flow time itself: the clock $N t$ and the velocity.
 
-**Flow matching** (`FlowMatchEulerDiscreteScheduler`) trains on $x = (1-s)\,z + s\,\varepsilon$, tells the
-network $N s$ ($N$ = `num_train_timesteps`) and predicts $\varepsilon - z$. With $t = 1 - s$ that is `CondOT`,
-the clock $N(1-t)$ and the row $(-\dot\alpha, -\dot\sigma)$. `shift` only chooses the noise levels of sampling
-and does not enter.
+**Preconditioned** networks (EDM, Karras et al. 2022) read a scaled state and a $c_{noise}$:
+
+| scheduler | $c_{noise}$ | output |
+|---|---|---|
+| `EDMEuler`, `EDMDPMSolverMultistep` | $\tfrac14\log\sigma$ | $F$ (`epsilon`) or $-F$ (`v_prediction`) |
+| `EulerDiscrete` with `timestep_type` = `continuous` and `v_prediction` | $\tfrac14\log\sigma$ | $-F$, $\sigma_d = 1$ |
+| `CosineDPMSolverMultistep` | $\tfrac2\pi\arctan\sigma$ | $F$ or $-F$ |
+
+`sigma_schedule` says how σ runs between its ends: `karras` is the path `EDM` with its `rho`, `exponential` is `VE`.
+(`flowsolve.adapters.networks` has the row of $F$.)
+
+**score_sde** ports: `ScoreSdeVe` is `VE` with the score at time σ. **DanceDiffusion** (`IPNDM`) is `Trig` with a v at
+time $1 - t$.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flowsolve._optional import require
+from flowsolve.adapters.networks import Preconditioned, preconditioned
 from flowsolve.flow import Flow
-from flowsolve.paths import CondOT, Discrete
-from flowsolve.predictions import Prediction, Row
+from flowsolve.paths import EDM, VE, VP, CondOT, Discrete, Path, Trig
+from flowsolve.predictions import PREDICTIONS, Prediction, Row
 
-__all__ = ["FLOW", "TABLE_SCHEDULERS", "alphas_cumprod", "as_flow", "load", "save"]
+__all__ = [
+    "DISTILLED",
+    "FLOW",
+    "TABLE_SCHEDULERS",
+    "Convention",
+    "alphas_cumprod",
+    "as_flow",
+    "class_name",
+    "completed",
+    "convention",
+]
 
 FLOW = Prediction("flow", lambda p: Row(-p.alpha_dot, -p.sigma_dot))
 """ε − z on the straight path: the velocity towards the noise, as diffusers' flow models predict it."""
 
-FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler",)
+FLOW_SCHEDULERS = (
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "LTXEulerAncestralRFScheduler",
+)
 TABLE_SCHEDULERS = (
     "DDPMScheduler",
     "DDIMScheduler",
@@ -57,6 +86,8 @@ TABLE_SCHEDULERS = (
     "DDIMInverseScheduler",
     "DEISMultistepScheduler",
     "DPMSolverMultistepScheduler",
+    "DPMSolverMultistepInverseScheduler",
+    "DPMSolverSDEScheduler",
     "DPMSolverSinglestepScheduler",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
@@ -67,95 +98,194 @@ TABLE_SCHEDULERS = (
     "PNDMScheduler",
     "SASolverScheduler",
     "UniPCMultistepScheduler",
+    "CogVideoXDDIMScheduler",
+    "CogVideoXDPMScheduler",
+    "RePaintScheduler",
+    "UnCLIPScheduler",
+)
+EDM_SCHEDULERS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "CosineDPMSolverMultistepScheduler")
+OTHER_SCHEDULERS = ("ScoreSdeVeScheduler", "ScoreSdeVpScheduler", "IPNDMScheduler")
+SUPPORTED = (*TABLE_SCHEDULERS, *FLOW_SCHEDULERS, *EDM_SCHEDULERS, *OTHER_SCHEDULERS)
+DISTILLED = (
+    "CMStochasticIterativeScheduler",
+    "ConsistencyDecoderScheduler",
+    "FlowMapEulerDiscreteScheduler",
+    "FlowMatchLCMScheduler",
+    "HeliosDMDScheduler",
+    "LCMScheduler",
+    "PiflowScheduler",
+    "SCMScheduler",
+    "TCDScheduler",
+)
+"""Schedulers of networks that jump to the data instead of estimating it: there is no ODE to solve."""
+
+JUMPS = (
+    "its network is trained to jump to the data in one or a few steps (consistency or few-step distillation); its "
+    "output is not the mean of the data given the state, so no ODE or SDE solver applies. Sample it with its own "
+    "scheduler, or load the model that it was distilled from"
 )
 PREDICTION_TYPES = {"epsilon": "noise", "sample": "data", "v_prediction": "v"}
-PARTS = ("unet", "scheduler")
-PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid")
 
 
-class UNet(nn.Module):
-    """A diffusers network whose forward returns the tensor itself."""
+@dataclass(frozen=True)
+class Convention:
+    """What a scheduler's configuration says of training.
 
-    def __init__(self, unet: nn.Module) -> None:
-        super().__init__()
-        self.unet = unet
+    Attributes:
+        path: the path.
+        prediction: what the network outputs.
+        time: the clock it reads, as `Flow` takes it; None if the configuration does not say.
+        clock: the same in words.
+        precondition: (σ_data, "log" or "atan") if the network is behind EDM's preconditioning.
+        data_range: what pixels were mapped to.
+    """
 
-    def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
-        return self.unet(x, t, **cond).sample  # type: ignore[no-any-return]
+    path: Path
+    prediction: Prediction
+    time: str | Callable[[Any], Any] | None = "native"
+    clock: str = "the index of the table"
+    precondition: tuple[float, str] | None = None
+    data_range: tuple[float, float] = (-1.0, 1.0)
+
+    def wrap(self, net: Any) -> Any:
+        """The network with its preconditioning, if it has one."""
+        return net if self.precondition is None else Preconditioned(net, *self.precondition)
 
 
-def load(source: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Flow:
-    """A diffusers directory as a `Flow` in evaluation mode; see `flowsolve.adapters.load`."""
-    if not isinstance(source, str | Path):
-        raise TypeError(
-            f"source is a {type(source).__name__}; expected a directory. For a pipeline at hand, use "
-            "adapters.diffusers.as_flow(pipeline.unet, pipeline.scheduler)"
+def completed(scheduler: Any) -> dict[str, Any]:
+    """A scheduler, or a configuration with "_class_name", as a configuration with nothing left out.
+
+    Raises:
+        ValueError: a scheduler that is not supported.
+    """
+    library = require("diffusers", "diffusers", "reading a diffusers scheduler")
+    told: dict[str, Any] = {}
+    if isinstance(scheduler, Mapping):
+        told = dict(scheduler)
+        name = class_name(told)
+        if name is None:
+            raise ValueError(
+                "scheduler None is not supported: its configuration has no _class_name. Pass the scheduler itself, or "
+                "the object that its scheduler_config.json holds"
+            )
+        if name in DISTILLED:
+            raise ValueError(f"{name} is not supported: {JUMPS}")
+        if name not in SUPPORTED:
+            raise ValueError(_unsupported(f"scheduler {name}", SUPPORTED))
+        if not hasattr(library.schedulers, name):
+            raise ValueError(f"diffusers {library.__version__} has no {name}; install a newer one")
+        scheduler = getattr(library.schedulers, name).from_config(told)  # completes what an older version left out
+    # an option that the installed version does not know yet still says what the network was trained on
+    return {**told, **dict(scheduler.config), "_class_name": class_name(scheduler)}
+
+
+def class_name(scheduler: Any) -> str | None:
+    """The class of diffusers' scheduler that an object, or a configuration, has its training convention from.
+
+    A scheduler of another library that was made by `from_config` of the pipeline's own keeps its name: as "_class_name"
+    or, as this package's, under "flowsolve".
+    """
+    config = scheduler if isinstance(scheduler, Mapping) else scheduler.config
+    own = None if isinstance(scheduler, Mapping) else type(scheduler).__name__
+    if own in SUPPORTED or own in DISTILLED:
+        return own
+    kept = config.get("flowsolve")
+    return (kept.get("scheduler") if isinstance(kept, Mapping) else None) or config.get("_class_name") or own
+
+
+def convention(config: Mapping[str, Any]) -> Convention:
+    """What a completed scheduler configuration says of training.
+
+    Raises:
+        ValueError: a scheduler or an option that is not supported.
+    """
+    name = config["_class_name"]
+    if name in DISTILLED:
+        raise ValueError(f"{name} is not supported: {JUMPS}")
+    n = float(config.get("num_train_timesteps", 1000))
+    if name in FLOW_SCHEDULERS:
+        return _flow(n, FLOW, bool(config.get("invert_sigmas")))
+    if name in EDM_SCHEDULERS:
+        return _edm(name, config)
+    if name == "ScoreSdeVeScheduler":
+        path = VE(float(config["sigma_min"]), float(config["sigma_max"]))
+        return Convention(path, PREDICTIONS["score"], clock="σ", data_range=(0.0, 1.0))
+    if name == "ScoreSdeVpScheduler":
+        return Convention(
+            VP(float(config["beta_min"]), float(config["beta_max"])),
+            PREDICTIONS["noise"],
+            time=None,
+            clock="not stated",
         )
-    if dtype is not None and not isinstance(dtype, torch.dtype):
-        raise TypeError(f"dtype = {dtype!r}; expected a torch dtype such as torch.float16")
-    root = Path(source)
-    if not root.is_dir():
-        raise FileNotFoundError(
-            f"{str(source)!r} is not a directory; expected a diffusers checkpoint on this machine, with unet/ and "
-            "scheduler/ inside (download it first, for example with `hf download`; adapters.bundled(name) gives the "
-            "directories of the bundled ones)"
+    if name == "IPNDMScheduler":
+        if config.get("trained_betas") is not None:
+            raise ValueError(f"{name} with trained_betas is not supported; expected None")
+        return Convention(Trig(), PREDICTIONS["v"], time=lambda t: 1.0 - t, clock="1 − t")
+    if name not in TABLE_SCHEDULERS:
+        raise ValueError(_unsupported(f"scheduler {name}", SUPPORTED))
+    kind = config.get("prediction_type", "epsilon")
+    if config.get("use_flow_sigmas"):
+        predictions = {"flow_prediction": FLOW, "epsilon": PREDICTIONS["noise"], "sample": PREDICTIONS["data"]}
+        if kind not in predictions:
+            raise ValueError(_unsupported(f"{name} with use_flow_sigmas and prediction_type = {kind!r}", predictions))
+        return _flow(n, predictions[kind], False)
+    if kind not in PREDICTION_TYPES:
+        raise ValueError(_unsupported(f"{name} with prediction_type = {kind!r}", PREDICTION_TYPES))
+    table = alphas_cumprod(config)
+    if config.get("timestep_type", "discrete") == "continuous" and kind == "v_prediction":
+        # σ_min and σ_max where they are given, else those of the table, whose last ᾱ may be 0 (2⁻²⁴ in diffusers)
+        ends = [math.sqrt((1.0 - a) / a) for a in (float(table[0]), max(float(table[-1]), 2.0**-24))]
+        low, high = (float(config.get(k) or v) for k, v in zip(("sigma_min", "sigma_max"), ends, strict=True))
+        return Convention(
+            EDM(low, high), preconditioned(1.0, v=True), clock="σ; inside, ¼ log σ", precondition=(1.0, "log")
         )
-    if root.name in PARTS and all((root.parent / part).is_dir() for part in PARTS):
-        raise ValueError(f"{str(source)!r} is one part of a checkpoint; pass its parent, {str(root.parent)!r}")
-    scheduler = _read(root, "scheduler/scheduler_config.json")
-    unet = _read(root, "unet/config.json")
-    found = unet.get("_class_name")
-    if found != "UNet2DModel":
-        raise ValueError(f"{root / 'unet'} holds a {found}; supported is UNet2DModel, which needs no conditioning")
-    if unet.get("out_channels") != unet.get("in_channels"):
-        raise ValueError(
-            f"the UNet maps {unet.get('in_channels')} channels to {unet.get('out_channels')}; supported are "
-            "equal numbers (twice as many is a learned variance)"
-        )
-    if not any((root / "unet").glob("*.safetensors*")):
-        pickles = sorted(p.name for p in (root / "unet").iterdir() if p.suffix in PICKLES)
-        also = f"; {', '.join(pickles)} may execute code when read: convert it" if pickles else ""
-        raise FileNotFoundError(f"no safetensors weights in {root / 'unet'}{also}")
-    library = require("diffusers", "diffusers", "loading a diffusers checkpoint")
-    options = {} if dtype is None else {"torch_dtype": dtype}
-    net = library.UNet2DModel.from_pretrained(root / "unet", use_safetensors=True, local_files_only=True, **options)
-    return as_flow(net if device is None else net.to(device), scheduler)
+    return Convention(Discrete(table), PREDICTIONS[PREDICTION_TYPES[kind]])
 
 
-def as_flow(unet: nn.Module, scheduler: Any) -> Flow:
+def _flow(n: float, prediction: Prediction, inverted: bool) -> Convention:
+    if inverted:
+        return Convention(CondOT(), PREDICTIONS["velocity"], time=lambda t: n * t, clock=f"{n:g} t")
+    return Convention(CondOT(), prediction, time=lambda t: n * (1.0 - t), clock=f"{n:g} (1 − t)")
+
+
+def _edm(name: str, config: Mapping[str, Any]) -> Convention:
+    low, high, data = (float(config[k]) for k in ("sigma_min", "sigma_max", "sigma_data"))
+    kind, schedule = config["prediction_type"], config["sigma_schedule"]
+    if kind not in ("epsilon", "v_prediction"):
+        raise ValueError(_unsupported(f"{name} with prediction_type = {kind!r}", ("epsilon", "v_prediction")))
+    if schedule not in ("karras", "exponential"):
+        raise ValueError(_unsupported(f"{name} with sigma_schedule = {schedule!r}", ("karras", "exponential")))
+    path = EDM(low, high, float(config["rho"])) if schedule == "karras" else VE(low, high)
+    atan = name == "CosineDPMSolverMultistepScheduler"
+    return Convention(
+        path,
+        preconditioned(data, v=kind == "v_prediction"),
+        clock=f"σ; inside, {'(2/π) arctan σ' if atan else '¼ log σ'}",
+        precondition=(data, "atan" if atan else "log"),
+    )
+
+
+def as_flow(unet: Any, scheduler: Any) -> Flow:
     """A diffusers network with the convention of a scheduler.
 
     Args:
-        unet: a module unet(x, timestep) whose result has `.sample`.
+        unet: a diffusers model, or a module unet(x, timestep) whose result has `.sample`.
         scheduler: a diffusers scheduler, or its configuration with "_class_name".
 
     Raises:
         ValueError: a scheduler or an option that is not supported.
     """
-    library = require("diffusers", "diffusers", "reading a diffusers scheduler")
-    if isinstance(scheduler, Mapping):
-        name = scheduler.get("_class_name")
-        if name not in (*TABLE_SCHEDULERS, *FLOW_SCHEDULERS):
-            raise ValueError(_unsupported(f"scheduler {name}", (*TABLE_SCHEDULERS, *FLOW_SCHEDULERS)))
-        scheduler = getattr(library, name).from_config(dict(scheduler))  # completes what an older version left out
-    name, config = type(scheduler).__name__, scheduler.config
-    net = UNet(unet).eval()
-    if name in FLOW_SCHEDULERS:
-        if config.get("invert_sigmas"):
-            raise ValueError(f"{name} with invert_sigmas = True is not supported; expected False")
-        n = float(config["num_train_timesteps"])
-        return Flow(net, CondOT(), FLOW, time=lambda t: n * (1.0 - t))
-    if name not in TABLE_SCHEDULERS:
-        raise ValueError(_unsupported(f"scheduler {name}", (*TABLE_SCHEDULERS, *FLOW_SCHEDULERS)))
-    if config.get("timestep_type", "discrete") != "discrete":
+    from flowsolve.adapters.diffusers.models import wrap
+
+    said = convention(completed(scheduler))
+    if said.time is None:
         raise ValueError(
-            f"{name} with timestep_type = {config['timestep_type']!r} is not supported; expected 'discrete'"
+            "ScoreSdeVpScheduler does not say which time its network reads; expected a flow built by hand, "
+            "Flow(net, VP(), 'noise', time=...), or adapters.load(..., time=...)"
         )
-    kind = config.get("prediction_type", "epsilon")
-    if kind not in PREDICTION_TYPES:
-        raise ValueError(_unsupported(f"{name} with prediction_type = {kind!r}", PREDICTION_TYPES))
-    return Flow(net, Discrete(alphas_cumprod(config)), PREDICTION_TYPES[kind], time="native")
+    net = said.wrap(wrap(unet).eval())
+    return Flow(net, said.path, said.prediction, time=said.time, data_range=said.data_range)
 
 
 def alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
@@ -169,62 +299,34 @@ def alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
         config["beta_schedule"],
         config.get("trained_betas"),
     )
-    first, last = float(config["beta_start"]), float(config["beta_end"])
+    first, last = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
     if trained is not None:
         betas = torch.as_tensor(trained, dtype=torch.float64)
     elif schedule == "linear":
         betas = torch.linspace(first, last, n, dtype=torch.float64)
     elif schedule == "scaled_linear":
         betas = torch.linspace(math.sqrt(first), math.sqrt(last), n, dtype=torch.float64).square()
-    elif schedule == "squaredcos_cap_v2":
-        f = ((torch.arange(n + 1, dtype=torch.float64) / n + 0.008) / 1.008 * (0.5 * math.pi)).cos().square()
+    elif schedule == "sigmoid":
+        betas = torch.linspace(-6.0, 6.0, n, dtype=torch.float64).sigmoid() * (last - first) + first
+    elif schedule in ("squaredcos_cap_v2", "laplace"):
+        s = torch.arange(n + 1, dtype=torch.float64) / n
+        f = ((s + 0.008) / 1.008 * (0.5 * math.pi)).cos().square() if schedule != "laplace" else _laplace(s)
         betas = (1.0 - f[1:] / f[:-1]).clamp_max(0.999)
     else:
         raise ValueError(_unsupported(f"beta_schedule = {schedule!r}", (*BETA_SCHEDULES, "trained_betas")))
     table = (1.0 - betas).cumprod(0)
+    if (scale := config.get("snr_shift_scale")) is not None:
+        table = table / (scale + (1.0 - scale) * table)
     if config.get("rescale_betas_zero_snr"):
         root = table.sqrt()
         table = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))).square()
     return table
 
 
-def save(unet: Any, scheduler: Any, directory: str | Path, pipeline: str = "DDPMPipeline") -> None:
-    """Write a diffusers directory: model_index.json, unet/ (safetensors) and scheduler/.
-
-    Args:
-        unet: a diffusers model.
-        scheduler: a diffusers scheduler.
-        directory: created if it does not exist.
-        pipeline: the class name that model_index.json gives.
-    """
-    root = Path(directory)
-    root.mkdir(parents=True, exist_ok=True)
-    unet.save_pretrained(root / "unet", safe_serialization=True)
-    scheduler.save_pretrained(root / "scheduler")
-    index = {
-        "_class_name": pipeline,
-        "_diffusers_version": require("diffusers", "diffusers", "writing a checkpoint").__version__,
-        "scheduler": ["diffusers", type(scheduler).__name__],
-        "unet": ["diffusers", type(unet).__name__],
-    }
-    (root / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _read(root: Path, name: str) -> dict[str, Any]:
-    file = root / name
-    if not file.is_file():
-        held = ", ".join(sorted(p.name for p in root.iterdir())) or "nothing"
-        raise FileNotFoundError(
-            f"{file} is missing; a diffusers checkpoint has unet/config.json and "
-            f"scheduler/scheduler_config.json, {str(root)!r} holds {held}"
-        )
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{file} holds a {type(config).__name__}; expected an object")
-    return config
+def _laplace(s: Tensor) -> Tensor:
+    """√(r/(1+r)), log r = ∓½ log(1 − |1 − 2s| + 10⁻⁶): diffusers' reading of the Laplace schedule."""
+    r = (-0.5 * torch.where(s <= 0.5, 1.0, -1.0) * (1.0 - (1.0 - 2.0 * s).abs() + 1e-6).log()).exp()
+    return (r / (1.0 + r)).sqrt()
 
 
 def _unsupported(found: str, supported: Any) -> str:

@@ -1,0 +1,230 @@
+"""diffusers checkpoints: pipelines and single models, in a directory or in memory.
+
+Nothing of a checkpoint's own code is run, and nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from flowsolve.adapters.diffusers.convention import DISTILLED, JUMPS, class_name, completed, convention
+from flowsolve.adapters.diffusers.models import MODELS, check_channels, wrap
+from flowsolve.adapters.diffusers.weights import built, count
+from flowsolve.adapters.files import Source, read_json
+from flowsolve.adapters.finding import Finding
+from flowsolve.adapters.networks import place, require_unscaled
+from flowsolve.flow import Flow
+
+__all__ = ["DECLARES", "NAMES", "load", "recognise"]
+
+NAMES = ("diffusers",)
+DECLARES = ("scheduler", "distilled", "variant")
+PARTS = ("unet", "transformer")
+MARKS = re.compile(
+    r"(?:^|[-_/. ])(turbo|lcm|tcd|lightning|schnell|hyper-?sd\w*|dmd2?|consistency)(?=$|[-_/. \d])", re.IGNORECASE
+)
+
+
+def load(source: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Flow:
+    """A diffusers directory as a `Flow` in evaluation mode; see `flowsolve.adapters.load`."""
+    from flowsolve import adapters
+
+    return adapters.load(source, format="diffusers", device=device, dtype=dtype)
+
+
+def recognise(source: Source, said: Mapping[str, Any], asked: bool) -> Finding | None:
+    """A diffusers directory, pipeline or model, or None."""
+    if source.kind == "directory":
+        assert source.file is not None
+        return _directory(source.file, said)
+    ancestors = [c.__name__ for c in type(source.given).__mro__] if source.kind == "object" else []
+    if "DiffusionPipeline" in ancestors:
+        return _pipeline(source.given, said)
+    if "ModelMixin" in ancestors or (asked and isinstance(source.given, nn.Module)):
+        return _model(source.given, said)
+    return None
+
+
+def _directory(root: Path, said: Mapping[str, Any]) -> Finding:
+    parts = [p for p in PARTS if (root / p / "config.json").is_file()]
+    alone = read_json(root / "config.json") if not parts and (root / "config.json").is_file() else {}
+    if alone.get("_class_name") in MODELS:
+        beside = root.parent / "scheduler" / "scheduler_config.json"
+        if beside.is_file() and not any(k in said for k in ("scheduler", "path")):
+            raise ValueError(f"{str(root)!r} is one part of a checkpoint; pass its parent, {str(root.parent)!r}")
+        evidence = [f"{root.name}/config.json: {alone['_class_name']}"]
+        return _finding(str(root), root, alone, None, said, evidence, None, [root.name])
+    if (root / "scheduler_config.json").is_file() and (root.parent / "unet").is_dir():
+        raise ValueError(f"{str(root)!r} is one part of a checkpoint; pass its parent, {str(root.parent)!r}")
+    index = read_json(root / "model_index.json") if (root / "model_index.json").is_file() else {}
+    if not parts:
+        held = ", ".join(sorted(p.name for p in root.iterdir())) or "nothing"
+        raise FileNotFoundError(
+            f"{root / 'unet' / 'config.json'} is missing; a diffusers checkpoint has unet/config.json or "
+            f"transformer/config.json, and scheduler/scheduler_config.json; {str(root)!r} holds {held}"
+        )
+    if "scheduler" not in said and "path" not in said and not (root / "scheduler/scheduler_config.json").is_file():
+        held = ", ".join(sorted(p.name for p in root.iterdir()))
+        raise FileNotFoundError(
+            f"{root / 'scheduler' / 'scheduler_config.json'} is missing; {str(root)!r} holds {held}. Declare "
+            "scheduler= (a scheduler or its configuration), or path=, prediction= and time="
+        )
+    part = parts[0]
+    config = read_json(root / part / "config.json")
+    saved = root / "scheduler/scheduler_config.json"
+    scheduler = read_json(saved) if saved.is_file() else None
+    evidence = [f"{part}/config.json: {config.get('_class_name')}"]
+    if index:
+        evidence.insert(0, f"model_index.json: {index.get('_class_name')}")
+    vae = read_json(root / "vae/config.json") if (root / "vae/config.json").is_file() else None
+    names = [str(c.get("_name_or_path", "")) for c in (index, config, scheduler or {})]
+    names += [root.name, *(p.name for p in root.parents if p.name.startswith("models--"))]  # the hub's cache
+    more = [k for k, v in index.items() if k != part and re.match(r"(unet|transformer)", k) and any(v)] or parts[1:]
+    finding = _finding(str(root), root / part, config, scheduler, said, evidence, vae, names)
+    return _judged(finding, str(index.get("_class_name")), more)
+
+
+def _judged(finding: Finding, pipeline: str, more: list[str]) -> Finding:
+    if finding.refusal is None and ("Consistency" in pipeline):
+        return replace(finding, refusal=f"{pipeline}: {JUMPS}")
+    if finding.refusal is None and more:
+        return replace(
+            finding,
+            refusal=f"it has more than one denoiser (also {', '.join(more)}), each for a part of the noise levels or "
+            "a stage of its own; load one of them by its own directory with scheduler= declared",
+        )
+    return finding
+
+
+def _pipeline(pipeline: Any, said: Mapping[str, Any]) -> Finding:
+    part = next((p for p in PARTS if isinstance(getattr(pipeline, p, None), nn.Module)), None)
+    if part is None:
+        raise ValueError(f"the pipeline {type(pipeline).__name__} has neither unet nor transformer")
+    model, vae = getattr(pipeline, part), getattr(pipeline, "vae", None)
+    evidence = [f"a {type(pipeline).__name__} with a {type(model).__name__}"]
+    names = [str(pipeline.config.get("_name_or_path", "")), str(model.config.get("_name_or_path", ""))]
+    config = None if vae is None else dict(vae.config)
+    more = [k for k in pipeline.components if re.match(r"(unet|transformer)_\d", k) and pipeline.components[k]]
+    finding = _finding(
+        f"a {type(pipeline).__name__}", model, dict(model.config), pipeline.scheduler, said, evidence, config, names
+    )
+    return _judged(finding, type(pipeline).__name__, more)
+
+
+def _model(model: nn.Module, said: Mapping[str, Any]) -> Finding:
+    name = type(model).__name__
+    config = getattr(model, "config", None)
+    config = dict(config) if isinstance(config, Mapping) else {}
+    return _finding(f"a {name}", model, config, None, said, [f"a {name} in memory"], None)
+
+
+def _finding(
+    what: str,
+    model: Path | nn.Module,
+    config: Mapping[str, Any],
+    scheduler: Any,
+    said: Mapping[str, Any],
+    evidence: list[str],
+    vae: Mapping[str, Any] | None,
+    names: list[str] | None = None,
+) -> Finding:
+    """The finding of a network (a directory or a module) with its configuration and a scheduler."""
+    name = type(model).__name__ if isinstance(model, nn.Module) else config.get("_class_name")
+    in_memory = isinstance(model, nn.Module)
+    scheduler = said.get("scheduler", scheduler)
+    if isinstance(scheduler, str | Path):
+        file = Path(scheduler)
+        scheduler = read_json(file / "scheduler_config.json" if file.is_dir() else file)
+    refusal, missing, read = None, [], None
+    if name not in MODELS and (not in_memory or "ModelMixin" in [c.__name__ for c in type(model).__mro__]):
+        raise ValueError(
+            f"{what} holds a {name}; supported are {', '.join(MODELS)}. Another network becomes a flow by "
+            "fs.Flow(net, path, prediction, time=...) around a function net(x, t, **cond)"
+        )
+    if wrong := check_channels(str(name), config):
+        raise ValueError(f"{model}: {wrong}" if not in_memory else wrong)
+    scheduled = None if scheduler is None else class_name(scheduler)
+    marks = sorted({m.group(1).lower() for n in names or () for m in MARKS.finditer(n)})
+    if scheduled in DISTILLED:
+        refusal = f"its scheduler is {scheduled}: {JUMPS}"
+    elif config.get("time_cond_proj_dim") is not None:
+        refusal = f"its network is conditioned on a guidance scale (time_cond_proj_dim, latent consistency): {JUMPS}"
+    elif marks and said.get("distilled") is not False:
+        refusal = f"its name says {', '.join(marks)}: {JUMPS}. If the name misleads, declare distilled=False"
+    elif name == "FluxTransformer2DModel" and not config.get("guidance_embeds") and said.get("distilled") is not False:
+        refusal = f"FLUX without guidance_embeds is the schnell model: {JUMPS}. If not, declare distilled=False"
+    elif scheduler is not None:
+        read = convention(completed(scheduler))
+        evidence.append(f"{scheduled}: {_options(scheduler)}")
+    elif "path" not in said:
+        missing = ["scheduler= (a diffusers scheduler, its configuration or its file), or path=, prediction= and time="]
+    else:
+        missing = [f"{k}= (what the network was trained with)" for k in ("prediction", "time") if k not in said]
+    if read is not None and read.time is None:
+        missing.append("time= (its scheduler does not say which time the network reads)")
+    scale, shift = _latent(vae)
+    if vae is not None:
+        evidence.append(f"vae/config.json: scaling_factor = {vae.get('scaling_factor')}")
+    if config.get("out_channels") == 2 * (config.get("in_channels") or 0):
+        evidence.append(f"out_channels = {config['out_channels']}, twice in_channels: a learned variance, not used")
+    parameters = (
+        sum(p.numel() for p in model.parameters())
+        if isinstance(model, nn.Module)
+        else count(model, said.get("variant"))
+    )
+    pixels = vae is None and read is not None and name in ("UNet2DModel", "UNet2DConditionModel")
+
+    told = "prediction" in said or "time" in said
+    if read is not None and read.precondition is not None and not told:
+        require_unscaled(said.get("path"))
+
+    def network(device: torch.device | str | None, dtype: torch.dtype | None) -> Any:
+        net = model if isinstance(model, nn.Module) else built(model, str(name), dtype, said.get("variant"))
+        net = wrap(place(net, device, dtype if in_memory else None)).eval()
+        return net if read is None or told else read.wrap(net)
+
+    finding = Finding(
+        what,
+        "diffusers",
+        1.0,
+        tuple(evidence),
+        data_range=read.data_range if read is not None and pixels else None,
+        latent_scale=scale,
+        latent_shift=shift,
+        parameters=parameters,
+        missing=tuple(missing),
+        refusal=refusal,
+        network=network,
+    )
+    if read is None:
+        return finding
+    return replace(finding, path=read.path, prediction=read.prediction, time=read.time, clock=read.clock)
+
+
+def _options(scheduler: Any) -> str:
+    """The options of a scheduler that say something of training."""
+    config = scheduler if isinstance(scheduler, Mapping) else scheduler.config
+    keys = ("num_train_timesteps", "beta_schedule", "prediction_type", "rescale_betas_zero_snr", "use_flow_sigmas")
+    edm = ("sigma_min", "sigma_max", "sigma_data", "timestep_type", "invert_sigmas")
+    told = [f"{k} = {config[k]}" for k in (*keys, *edm) if config.get(k) not in (None, False)]
+    if config.get("trained_betas") is not None:
+        told.append("trained_betas")
+    return ", ".join(told) or "its defaults"
+
+
+def _latent(vae: Mapping[str, Any] | None) -> tuple[Any, Any]:
+    """(scale, shift): the network's latents are (encoded − shift) · scale, a number or one a channel."""
+    if vae is None:
+        return None, None
+    scale, shift = vae.get("scaling_factor"), vae.get("shift_factor")
+    mean, std = vae.get("latents_mean"), vae.get("latents_std")
+    if mean is not None and std is not None:
+        return tuple((1.0 if scale is None else scale) / s for s in std), tuple(mean)
+    return scale, shift

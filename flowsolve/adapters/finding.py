@@ -1,0 +1,193 @@
+"""What was found out about a checkpoint: its conventions, how sure that is, and what is still to be said."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from flowsolve.flow import Flow
+from flowsolve.paths import Path
+from flowsolve.predictions import Prediction, resolve
+
+__all__ = ["THRESHOLD", "Finding", "Unrecognised"]
+
+THRESHOLD = 0.8
+"""The confidence below which a checkpoint is not loaded unless its format is declared."""
+
+Network = Callable[[torch.device | str | None, torch.dtype | None], Callable[..., Any]]
+
+
+class Unrecognised(ValueError):
+    """The checkpoint does not say enough of itself, or is of a kind that no ODE solver can sample.
+
+    Attributes:
+        finding: what was found out.
+    """
+
+    def __init__(self, message: str, finding: Finding) -> None:
+        super().__init__(message)
+        self.finding = finding
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a checkpoint says of itself.
+
+    Attributes:
+        source: what was looked at, in words.
+        format: the family of checkpoints it belongs to, or "unknown".
+        confidence: 0 … 1; 1 where the files say it in so many words.
+        evidence: what it was concluded from, one line each.
+        path: the path it was trained on.
+        prediction: what its network outputs.
+        time: the clock its network reads, as `Flow` takes it.
+        clock: the same in words.
+        data_range: what the full range of pixels was mapped to; None for latents or where nothing says so.
+        latent_scale: the network's latents are (encoded − latent_shift) · latent_scale; one number, or one a channel.
+        latent_shift: see latent_scale.
+        parameters: how many numbers the network has.
+        missing: what has to be declared before it can be loaded, one line each.
+        refusal: why it cannot be sampled at all.
+        network: (device, dtype) → the network, called once by `flow`.
+    """
+
+    source: str
+    format: str = "unknown"
+    confidence: float = 0.0
+    evidence: tuple[str, ...] = ()
+    path: Path | None = None
+    prediction: Prediction | None = None
+    time: str | Callable[[Any], Any] | None = None
+    clock: str = ""
+    data_range: tuple[float, float] | None = None
+    latent_scale: float | tuple[float, ...] | None = None
+    latent_shift: float | tuple[float, ...] | None = None
+    parameters: int | None = None
+    missing: tuple[str, ...] = ()
+    refusal: str | None = None
+    network: Network | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def ready(self) -> bool:
+        """Whether `flow` would give a flow."""
+        return self.confidence >= THRESHOLD and not self.missing and self.refusal is None
+
+    @property
+    def log_snr(self) -> tuple[float, float] | None:
+        """λ at the noise end and at the last time that the network was trained on."""
+        if self.path is None:
+            return None
+        return self.path.log_snr(self.path.window[0]), self.path.log_snr(self.path.window[1])
+
+    @property
+    def native(self) -> tuple[float, float] | None:
+        """The network's time at the same two ends."""
+        if self.path is None or self.time is None:
+            return None
+        clock = (
+            {"flow": lambda t: t, "native": self.path.native_time}.get(self.time)
+            if isinstance(self.time, str)
+            else self.time
+        )
+        if clock is None:
+            return None
+        return float(clock(self.path.window[0])), float(clock(self.path.window[1]))
+
+    def declare(self, said: Mapping[str, Any]) -> Finding:
+        """This finding with what the caller says in place of what was found.
+
+        Raises:
+            TypeError: path is not a Path.
+            ValueError: an unknown prediction.
+        """
+        changes: dict[str, Any] = {}
+        evidence, missing = list(self.evidence), list(self.missing)
+        for name in ("path", "prediction", "time", "data_range"):
+            value = said.get(name)
+            if value is None:
+                continue
+            found = getattr(self, name)
+            if name == "prediction":
+                value = resolve(value)
+            if name == "path" and not isinstance(value, Path):
+                raise TypeError(f"path is {value!r}; expected a flowsolve.paths object such as CondOT() or VP()")
+            if name == "time":
+                changes["clock"] = f"{value} time" if isinstance(value, str) else "a declared function of flow time"
+            instead = f" instead of {_named(found)}" if found is not None and found != value else ""
+            changes[name] = value
+            evidence.append(f"{name}= declared: {_named(value)}{instead}")
+            missing = [m for m in missing if not m.startswith(f"{name}=")]
+        told = replace(self, evidence=tuple(evidence), missing=tuple(missing), **changes)
+        # what nothing says is asked for, whether or not the adapter thought of it
+        for name, what in (("path", "a path"), ("prediction", "what it outputs"), ("time", "the clock it reads")):
+            if getattr(told, name) is None and told.refusal is None and not told.missing:
+                told = replace(told, missing=(f"{name}= ({what})",))
+        return told
+
+    def flow(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Flow:
+        """The checkpoint as a `Flow`.
+
+        Raises:
+            Unrecognised: it cannot be loaded as it stands; the message says what to declare.
+        """
+        if self.refusal is not None:
+            raise Unrecognised(f"{self.source} ({self.format}) is refused: {self.refusal}", self)
+        if not self.ready or self.network is None:
+            raise Unrecognised(self._lacks(), self)
+        assert self.path is not None
+        assert self.prediction is not None
+        assert self.time is not None
+        options: dict[str, Any] = {} if self.data_range is None else {"data_range": self.data_range}
+        net = self.network(device, dtype)
+        if not isinstance(net, nn.Module):
+            options["dtype"] = dtype
+        return Flow(net, self.path, self.prediction, time=self.time, **options)
+
+    def _lacks(self) -> str:
+        seen = "; ".join(self.evidence) or "nothing that tells its format"
+        if self.format == "unknown":
+            head = f"{self.source} is not recognised"
+        else:
+            head = f"{self.source} looks like {self.format} (confidence {self.confidence:.2f})"
+        wanted = list(self.missing)
+        if self.confidence < THRESHOLD and not any(m.startswith("format=") for m in wanted):
+            wanted.insert(0, f"format={self.format!r}, if that is what it is")
+        return f"{head}. Seen: {seen}. To load it, declare {', and '.join(wanted)}"
+
+    def summary(self) -> dict[str, Any]:
+        """The finding as plain values, for JSON: infinities of λ (±708.4) become None."""
+
+        def ends(pair: tuple[float, float] | None) -> list[float | None] | None:
+            return None if pair is None else [None if abs(v) > 700.0 else v for v in pair]
+
+        return {
+            "source": self.source,
+            "format": self.format,
+            "confidence": self.confidence,
+            "evidence": list(self.evidence),
+            "path": None if self.path is None else repr(self.path),
+            "log_snr": ends(self.log_snr),
+            "prediction": None if self.prediction is None else self.prediction.name,
+            "clock": self.clock or None,
+            "native_time": None if self.native is None else [v if math.isfinite(v) else None for v in self.native],
+            "data_range": None if self.data_range is None else list(self.data_range),
+            "latent_scale": _plain(self.latent_scale),
+            "latent_shift": _plain(self.latent_shift),
+            "parameters": self.parameters,
+            "missing": list(self.missing),
+            "refusal": self.refusal,
+            "loads": self.ready,
+        }
+
+
+def _named(value: Any) -> str:
+    return value.name if isinstance(value, Prediction) else str(value)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
