@@ -184,7 +184,7 @@ def _checked(
     if closing is not None:
         within(path, begins[-1])
         flow.require(begins[-1], "the final step")
-    stepper = solver.on(path, chart, intervals)
+    stepper = solver.on(path, chart, intervals or [(begins[0], 1.0, 1)])
     times = [t for interval in intervals for t in _asked(reading, stepper, *interval)]
     first = [*accumulate((n for _, _, n in intervals), initial=0)]
     if closing is not None:
