@@ -9,10 +9,12 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import diffusers
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
+
+diffusers = pytest.importorskip("diffusers")
 
 SIZE = 16
 """Pixels of a side; latents have half as many."""

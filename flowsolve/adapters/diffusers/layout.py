@@ -114,6 +114,7 @@ def lay(
         )
     ruler = None if chart is None else charts.resolve(chart)
     spacing = None if chosen is None else grids.resolve(chosen)
+    closes = method.evaluations > 1  # whether the last step is left to a closing evaluation, where it may be
     if timesteps is not None:
         begins, end = nodes.from_timesteps(reading, timesteps)
     elif sigmas is not None and not (uniform and spacing is not None):
@@ -121,16 +122,15 @@ def lay(
     elif spacing is None:
         begins, end = nodes.own(reading, steps, mu)
     else:
-        begins, end = _spaced(reading, method, spacing, final, steps, mu)
+        begins, end, outside = _spaced(reading, method, spacing, final, steps, mu)
+        closes = closes or outside
     policy = Final.resolve(final or "path")
     closing: Closing | None = None
     if policy.evaluations:
         closing = policy.closing(path, 1.0 if end is None else end)
     elif end is None:
         closing = Closing(begins[-1], 1.0, 0.0)
-    elif end > path.window[1] and (method.evaluations > 1 or begins[-1] >= path.window[1]):
-        closing = to_the_end(path, end)
-    elif final is None and method.evaluations > 1 and path.at(end).sigma == 0.0:
+    elif closes and (end > path.window[1] or (final is None and path.at(end).sigma == 0.0)):
         closing = to_the_end(path, end)
     elif policy.policy == "path" or 0.0 < path.at(end).sigma:
         begins = [*begins, end]
@@ -145,14 +145,17 @@ def grid_like(sigmas: Sequence[float]) -> bool:
 
 def _spaced(
     reading: Reading, solver: Solver, spacing: Any, final: str | Final | None, steps: int, mu: float | None
-) -> nodes.Nodes:
-    """The nodes of a spacing, shifted as the configuration says if it does not shift itself; or of explicit times."""
+) -> tuple[list[float], float | None, bool]:
+    """The nodes of a spacing, shifted as the configuration says if it does not shift itself; or of explicit times.
+
+    And whether they had to be laid out anew, so that the last begins where the network's window ends.
+    """
     path = reading.path
     if isinstance(spacing, At | list):
         times = spacing.on(path) if isinstance(spacing, At) else spacing
         if len(times) != steps + 1:
             raise ValueError(f"grid= has {len(times)} times, and {steps} steps need {steps + 1}; give as many")
-        return list(times[:-1]), times[-1]
+        return list(times[:-1]), times[-1], False
     if not isinstance(path, Discrete) and reading.scale is None and not isinstance(spacing, Shifted):
         shift = nodes.shift_of(reading.config, mu)
         spacing = spacing if shift == 1.0 else Shifted(spacing, shift)
@@ -160,11 +163,11 @@ def _spaced(
     policy, edge = Final.resolve(final or "path"), path.window[1]
     stop = policy.stop(path, (start, end), None)
     if policy.evaluations or (final is None and reading.scale is not None):
-        return spacing.times(path, start, stop, steps - 1) if steps > 1 else [start], None
+        return spacing.times(path, start, stop, steps - 1) if steps > 1 else [start], None, False
     placed = spacing.times(path, start, stop, steps)
     if edge < stop and steps > 1 and (solver.evaluations > 1 or placed[-2] > edge):
-        placed = [*spacing.times(path, start, edge, steps - 1), stop]
-    return placed[:-1], placed[-1]
+        return spacing.times(path, start, edge, steps - 1), stop, True
+    return placed[:-1], stop, False
 
 
 def _checked(

@@ -126,12 +126,12 @@ def _ended(reading: Reading, times: list[float]) -> Nodes:
     lowest = lowest or reading.name in TO_THE_LOWEST
     if reading.scale is not None:
         return (times[:-1], times[-1]) if lowest and len(times) > 1 else (times, None)
-    return times, path.window[1] if lowest and path.window[1] > times[-1] + 1e-9 else 1.0
+    return times, path.window[1] if lowest and path.window[1] > times[-1] + 1e-6 else 1.0
 
 
 def _entries(reading: Reading, steps: int) -> list[float]:
     """The entries of the table at which steps begin."""
-    config, kind = reading.config, reading.config.get("timestep_spacing", "leading")
+    config, kind = reading.config, reading.config.get("timestep_spacing", "linspace")
     size = int(config["num_train_timesteps"])
     extra = 0 if reading.name in (*EULERS, *ROUNDED) else 1
     if not 1 <= steps <= size - extra:

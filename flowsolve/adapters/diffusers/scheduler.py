@@ -173,10 +173,10 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         super().save_config(save_directory, push_to_hub, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_own", "_shared")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_own", "_reading", "_shared")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _own=_Own(), _shared=None)
+        self.__dict__.update(state, _own=_Own(), _reading=None, _shared=None)
 
     # --- what a pipeline reads ----------------------------------------------------------------------------------------
 
