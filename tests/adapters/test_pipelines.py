@@ -86,18 +86,18 @@ def test_every_fixed_budget_solver_runs(named: tuple[str, Case]) -> None:
         if name in FLOWS and entry.name.startswith(("DPMSolver12", "DPMSolver23")):
             options = {"chart": "straight"}  # theirs is infinite at α = 0
         if name in FLOWS and entry.name.startswith("EulerMaruyama"):
-            options = {"grid": [0.05, 0.5, 0.75, 1.0]}  # there is no step from α = 0
+            options = {"grid": [0.05, 0.5, 1.0]}  # there is no step from α = 0
         s = Scheduler.from_config(case.native, solver=solver, **options)
         with counted(case) as calls:
-            found = case(s, steps=3, **output)
+            found = case(s, steps=2, **output)
         assert bool(torch.isfinite(found).all()), entry.name
         assert len(calls) == s.nfe == len(s.timesteps), entry.name
         m = solver.evaluations
         lowest = s._table.plan.closing is None  # Stable Diffusion's table ends above the clean data
-        assert s.nfe == (3 * m if m == 1 or lowest else 2 * m + 1), entry.name
+        assert s.nfe == (2 * m if m == 1 or lowest else m + 1), entry.name
         seen[entry.name] = found
     assert float((seen["DDIM()"] - seen["RK4()"]).abs().max()) > 1e-3
-    assert len({v.sum().item() for v in seen.values()}) > 40  # they are not all one method
+    assert len({round(v.sum().item(), 4) for v in seen.values()}) > 20  # they are not all one method, even in 2 steps
 
 
 def test_auto_and_every_grid(named: tuple[str, Case]) -> None:
@@ -110,7 +110,7 @@ def test_auto_and_every_grid(named: tuple[str, Case]) -> None:
         for solver in ("auto", "heun"):
             s = Scheduler.from_config(case.native, solver=solver, grid=grid)
             with counted(case) as calls:
-                assert bool(torch.isfinite(case(s, steps=4, **output)).all())
+                assert bool(torch.isfinite(case(s, steps=3, **output)).all())
             assert len(calls) == s.nfe
 
 
@@ -150,7 +150,8 @@ def parity() -> Iterator[Parity]:
         yield stable, "DEISMultistepScheduler", {**kw, "solver_order": 3, "lower_order_final": False}, DEIS(3), {}, 6
         yield stable, UNI, kw, UniPC(2, cooldown=True), {}, 6
         yield stable, UNI, {**kw, "solver_order": 3}, UniPC(3, cooldown=True), {}, 6
-        yield stable, UNI, {**kw, "solver_order": 3, "solver_type": "bh1"}, UniPC(3, rule="bh1", cooldown=True), {}, 6
+        low = {"final_sigmas_type": "sigma_min", "lower_order_final": False, "solver_type": "bh1"}
+        yield stable, UNI, {**kw, **low}, UniPC(2, rule="bh1"), {}, 6
     for kind in ("v_prediction", "sample"):
         yield stable, "DDIMScheduler", {**table("leading", 1), "clip_sample": False, "prediction_type": kind}, DDIM(), {}, 4
         yield stable, UNI, {**table("trailing", 0), "prediction_type": kind}, UniPC(2, cooldown=True), {}, 5
@@ -182,7 +183,6 @@ def parity() -> Iterator[Parity]:
     yield flux, "FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, Euler(), {}, 4
     yield flux, "FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True, "shift_terminal": 0.02}, Euler(), {}, 4
     yield pixart, MULTI, {"lower_order_final": False}, DPMSolverPP(2), {}, 4
-    yield pixart, MULTI, {}, DPMSolverPP(2, cooldown=True), {}, 1  # the step's second output is what it takes then
     yield pixart, "DDIMScheduler", {"clip_sample": False, "steps_offset": 1}, DDIM(), {}, 4
     yield unconditional, "DDIMScheduler", {"clip_sample": False}, DDIM(), {}, 5
 
@@ -217,12 +217,12 @@ def given_noise(*modules: Any) -> Iterator[None]:
     """Ours and theirs draw the same noise: the n-th draw of a run is a function of n."""
     drawn: list[int] = [0]
 
-    def draw(*args: Any, **kwargs: Any) -> Tensor:
+    def draw(shape: Any, **kwargs: Any) -> Tensor:
         drawn[0] += 1
-        return randn(2, 3, 8, 8, seed=1000 + drawn[0])
+        return randn(*shape, seed=1000 + drawn[0])
 
     def step(self: Noise, t: float, t_next: float, like: Tensor) -> Tensor:
-        return draw().to(like)
+        return draw(like.shape) if like.ndim == 4 else like  # (times are found on a state of one number)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Noise, "step", step)
@@ -232,27 +232,27 @@ def given_noise(*modules: Any) -> Iterator[None]:
         yield
 
 
-STOCHASTIC: list[tuple[str, dict[str, Any], Solver]] = [
-    ("DDPMScheduler", {"clip_sample": False}, DDPM()),
-    ("DDPMScheduler", {"clip_sample": True}, DDPM()),
-    ("DDPMScheduler", {"clip_sample": False, "variance_type": "fixed_small", "timestep_spacing": "trailing"}, DDPM()),
-    ("EulerAncestralDiscreteScheduler", {}, DDPM()),
-    ("EulerAncestralDiscreteScheduler", {"timestep_spacing": "trailing"}, Ancestral(Euler())),
-    (MULTI, {"algorithm_type": "sde-dpmsolver++", "lower_order_final": False}, SDEDPMSolverPP(2)),
-    (MULTI, {"algorithm_type": "sde-dpmsolver++", "solver_order": 1}, ExactSDE()),
+STOCHASTIC: list[tuple[Callable[..., Case], str, dict[str, Any], Solver]] = [
+    (unconditional, "DDPMScheduler", {"clip_sample": False}, DDPM()),
+    (unconditional, "DDPMScheduler", {"clip_sample": True}, DDPM()),
+    (unconditional, "DDPMScheduler", {"clip_sample": False, "timestep_spacing": "trailing"}, DDPM()),
+    (stable, "DDPMScheduler", {**table("leading", 1), "clip_sample": False}, DDPM()),
+    (stable, "EulerAncestralDiscreteScheduler", table("linspace", 0), DDPM()),
+    (stable, "EulerAncestralDiscreteScheduler", table("trailing", 0), Ancestral(Euler())),
+    (stable, MULTI, {**STABLE, "algorithm_type": "sde-dpmsolver++", "lower_order_final": False}, SDEDPMSolverPP(2)),
+    (pixart, MULTI, {"algorithm_type": "sde-dpmsolver++", "solver_order": 1}, ExactSDE()),
 ]
 
 
-@pytest.mark.parametrize(("name", "config", "solver"), STOCHASTIC)
-def test_so_with_noise_given_the_same_noise(name: str, config: dict[str, Any], solver: Solver) -> None:
-    theirs, case = getattr(diffusers, name)(**config), unconditional()
-    pipe = case.pipe
+@pytest.mark.parametrize(("make", "name", "config", "solver"), STOCHASTIC)
+def test_so_with_noise_given_the_same_noise(
+    make: Any, name: str, config: dict[str, Any], solver: Solver, kept: dict[Any, Case]
+) -> None:
+    theirs, case = getattr(diffusers, name)(**config), kept.setdefault(make, make())
     with given_noise(sys.modules[type(theirs).__module__]):
         expected = case(theirs, 5)
         given_noise.reset()  # type: ignore[attr-defined]
         found = case(Scheduler.from_config(theirs, solver=solver), 5)
-    # The last step of DDPM draws none; Euler's kin multiply their last draw by 0.
-    assert pipe.scheduler is case.native
     assert float((found - expected).abs().max()) < EQUAL
     assert float((case(Scheduler.from_config(theirs, solver="ddim"), 5) - expected).abs().max()) > 10 * EQUAL
 
@@ -342,7 +342,7 @@ def test_image_to_image(
     assert float((case(theirs, 6, strength=0.3) - expected).abs().max()) > 10 * EQUAL
 
 
-@pytest.mark.parametrize("make", [stable, xl, sd3, flux])
+@pytest.mark.parametrize("make", [stable, xl, sd3])
 @pytest.mark.parametrize("solver", ["heun", "rk4", "unipc", "seeds", "auto"])
 def test_image_to_image_by_steps(make: Any, solver: str, kept: dict[Any, Case]) -> None:
     """strength 0.5 of 4 steps is 2 steps, whatever a step costs; the bar counts steps."""
@@ -352,6 +352,27 @@ def test_image_to_image_by_steps(make: Any, solver: str, kept: dict[Any, Case]) 
         found = case(s, 4, strength=0.5)
     assert bool(torch.isfinite(found).all())
     assert len(calls) == s.nfe - 2 * s.order
+
+
+def test_flux_image_to_image_counts_time_steps(kept: dict[Any, Case]) -> None:
+    """It takes len(timesteps) for the number of steps, so that with stages it begins too late, or never."""
+    case = kept.setdefault((flux, "img2img"), flux(kind="img2img"))
+    for solver, evaluations in (("unipc", 2), ("heun", 1)):
+        s = Scheduler.from_config(case.native, solver=solver)
+        with counted(case) as calls:
+            case(s, 4, strength=0.5)
+        assert len(calls) == evaluations
+
+
+def test_pixart_in_one_step_takes_the_estimate(kept: dict[Any, Case]) -> None:
+    """The step's second output, which some of diffusers' own schedulers do not give."""
+    case = kept.setdefault(pixart, pixart())
+    with pytest.raises(IndexError):
+        case(diffusers.DPMSolverMultistepScheduler(), 1)
+    s = Scheduler.from_config(case.native, solver="ddim", timestep_spacing="trailing")
+    x = case(s, 1, output_type="latent")
+    expected = case(diffusers.DDPMScheduler(clip_sample=False, timestep_spacing="trailing"), 1, output_type="latent")
+    torch.testing.assert_close(x, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_inpainting(kept: dict[Any, Case]) -> None:

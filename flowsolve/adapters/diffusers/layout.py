@@ -26,7 +26,7 @@ from flowsolve import charts, grids
 from flowsolve.adapters.diffusers import nodes
 from flowsolve.adapters.diffusers.reading import Reading
 from flowsolve.charts import Chart
-from flowsolve.grids import At, Closing, Final, Grid, Shifted
+from flowsolve.grids import At, Closing, Final, Grid, Shifted, Timesteps
 from flowsolve.noise import Noise
 from flowsolve.passage import to_the_end
 from flowsolve.paths import Discrete, Point
@@ -165,7 +165,7 @@ def _spaced(
     if policy.evaluations or (final is None and reading.scale is not None):
         return spacing.times(path, start, stop, steps - 1) if steps > 1 else [start], None, False
     placed = spacing.times(path, start, stop, steps)
-    if edge < stop and steps > 1 and (solver.evaluations > 1 or placed[-2] > edge):
+    if edge < stop and steps > 1 and (solver.evaluations > 1 or placed[-2] > edge) and not isinstance(spacing, Timesteps):
         return spacing.times(path, start, edge, steps - 1), stop, True
     return placed[:-1], stop, False
 
