@@ -199,8 +199,8 @@ def xl(native: Any = None, kind: str = "") -> Case:
 
 def sd3(native: Any = None, kind: str = "") -> Case:
     parts = dict(
-        transformer=sd3_transformer(), vae=vae(shift_factor=0.0), text_encoder=None, tokenizer=None, text_encoder_2=None,
-        tokenizer_2=None, text_encoder_3=None, tokenizer_3=None,
+        transformer=sd3_transformer(), vae=vae(shift_factor=0.0), text_encoder=None, tokenizer=None,
+        text_encoder_2=None, tokenizer_2=None, text_encoder_3=None, tokenizer_3=None,
     )  # fmt: skip
     call: dict[str, Any] = {**text(), **pooled(), "guidance_scale": 3.0}
     if kind == "img2img":

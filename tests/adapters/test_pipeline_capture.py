@@ -66,7 +66,9 @@ def test_edm() -> None:
     s = Scheduler.from_config(case.native, solver=DDIM())
     expected = tensors(case, s)
     net = held(case)
-    sol = fs.sample(net.flow, start=net.start, solver=DDIM(), grid=s.nodes, interval=(0.0, 1.0), final="denoise", cond=net.cond)
+    sol = fs.sample(
+        net.flow, start=net.start, solver=DDIM(), grid=s.nodes, interval=(0.0, 1.0), final="denoise", cond=net.cond
+    )
     assert float((images(net.decode(sol.x)) - expected).abs().max()) < 1e-4
 
 
@@ -170,7 +172,7 @@ def test_its_thread_ends_with_it() -> None:
         net.flow.estimate(x, 0.5)
 
 
-# --- what cannot be led ---------------------------------------------------------------------------------------------------------
+# --- what cannot be led -----------------------------------------------------------------------------------------------
 
 
 def test_inpainting_is_refused() -> None:
@@ -211,7 +213,7 @@ def test_pipelines_that_lead_themselves_are_refused() -> None:
     case = unconditional()
     with pytest.raises(RuntimeError, match="makes time steps of its own"):
         capture(Restless(case.pipe.unet, case.native))
-    with pytest.raises(RuntimeError, match="came to its end without calling scheduler.step"):
+    with pytest.raises(RuntimeError, match=r"came to its end without calling scheduler\.step"):
         capture(Idle(case.pipe.unet, case.native))
 
 

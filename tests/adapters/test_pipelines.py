@@ -72,7 +72,7 @@ def counted(case: Case) -> Iterator[list[Any]]:
         handle.remove()
 
 
-# --- every solver -----------------------------------------------------------------------------------------------------------
+# --- every solver -----------------------------------------------------------------------------------------------------
 
 
 def test_every_fixed_budget_solver_runs(named: tuple[str, Case]) -> None:
@@ -114,7 +114,7 @@ def test_auto_and_every_grid(named: tuple[str, Case]) -> None:
             assert len(calls) == s.nfe
 
 
-# --- the pipeline's own solver -----------------------------------------------------------------------------------------------
+# --- the pipeline's own solver ----------------------------------------------------------------------------------------
 
 
 Parity = tuple[Callable[..., Case], str, dict[str, Any], Solver, dict[str, Any], int]
@@ -153,7 +153,14 @@ def parity() -> Iterator[Parity]:
         low = {"final_sigmas_type": "sigma_min", "lower_order_final": False, "solver_type": "bh1"}
         yield stable, UNI, {**kw, **low}, UniPC(2, rule="bh1"), {}, 6
     for kind in ("v_prediction", "sample"):
-        yield stable, "DDIMScheduler", {**table("leading", 1), "clip_sample": False, "prediction_type": kind}, DDIM(), {}, 4
+        yield (
+            stable,
+            "DDIMScheduler",
+            {**table("leading", 1), "clip_sample": False, "prediction_type": kind},
+            DDIM(),
+            {},
+            4,
+        )
         yield stable, UNI, {**table("trailing", 0), "prediction_type": kind}, UniPC(2, cooldown=True), {}, 5
     for betas in ({"beta_schedule": "squaredcos_cap_v2"}, {"trained_betas": torch.linspace(1e-3, 0.02, 1000).tolist()}):
         yield stable, "DDIMScheduler", {**betas, "clip_sample": False, "steps_offset": 1}, DDIM(), {}, 4
@@ -181,7 +188,14 @@ def parity() -> Iterator[Parity]:
     yield sd3, "FlowMatchHeunDiscreteScheduler", {}, Heun(), {}, 4
     yield flux, "FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}, Euler(), {}, 4
     yield flux, "FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, Euler(), {}, 4
-    yield flux, "FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True, "shift_terminal": 0.02}, Euler(), {}, 4
+    yield (
+        flux,
+        "FlowMatchEulerDiscreteScheduler",
+        {"use_dynamic_shifting": True, "shift_terminal": 0.02},
+        Euler(),
+        {},
+        4,
+    )
     yield pixart, MULTI, {"lower_order_final": False}, DPMSolverPP(2), {}, 4
     yield pixart, "DDIMScheduler", {"clip_sample": False, "steps_offset": 1}, DDIM(), {}, 4
     yield unconditional, "DDIMScheduler", {"clip_sample": False}, DDIM(), {}, 5
@@ -257,7 +271,7 @@ def test_so_with_noise_given_the_same_noise(
     assert float((case(Scheduler.from_config(theirs, solver="ddim"), 5) - expected).abs().max()) > 10 * EQUAL
 
 
-# --- where theirs is different ------------------------------------------------------------------------------------------------
+# --- where theirs is different ----------------------------------------------------------------------------------------
 
 
 def test_a_static_shift_makes_other_images_because_it_is_applied_once(kept: dict[Any, Case]) -> None:
@@ -314,7 +328,7 @@ def test_pndm_evaluates_once_more_than_it_has_steps(kept: dict[Any, Case]) -> No
         assert len(seen) == calls
 
 
-# --- image to image, inpainting ---------------------------------------------------------------------------------------------------
+# --- image to image, inpainting ---------------------------------------------------------------------------------------
 
 
 IMAGES: list[tuple[Callable[..., Case], str, dict[str, Any], Any, dict[str, Any]]] = [
@@ -352,6 +366,18 @@ def test_image_to_image_by_steps(make: Any, solver: str, kept: dict[Any, Case]) 
         found = case(s, 4, strength=0.5)
     assert bool(torch.isfinite(found).all())
     assert len(calls) == s.nfe - 2 * s.order
+
+
+def test_an_ensemble_of_two_networks(kept: dict[Any, Case]) -> None:
+    """SDXL's base to 0.5 and the refiner from there."""
+    base, refiner = kept.setdefault(xl, xl()), kept.setdefault((xl, "img2img"), xl(kind="img2img"))
+    theirs = diffusers.EulerDiscreteScheduler(**table("leading", 1))
+    found = []
+    for scheduler in (theirs, Scheduler.from_config(theirs, solver="euler")):
+        halfway = base(scheduler, 6, denoising_end=0.5, output_type="latent")
+        # What is handed over is in the scale of the scheduler's state, x/α for Euler's and x here.
+        found.append(refiner(scheduler, 6, denoising_start=0.5, image=halfway))
+    assert float((found[0] - found[1]).abs().max()) < EQUAL
 
 
 def test_flux_image_to_image_counts_time_steps(kept: dict[Any, Case]) -> None:
@@ -397,7 +423,7 @@ def test_inpainting_keeps_what_is_not_masked(solver: str, kept: dict[Any, Case])
     assert not torch.allclose(ends[0][..., :4], ends[1][..., :4], atol=1e-2)
 
 
-# --- what a pipeline lets through ---------------------------------------------------------------------------------------------------
+# --- what a pipeline lets through -------------------------------------------------------------------------------------
 
 
 def test_callbacks_see_and_change_the_latents(kept: dict[Any, Case]) -> None:
@@ -478,7 +504,7 @@ def test_two_threads_share_a_scheduler() -> None:
         assert torch.equal(found[steps], expected)
 
 
-# --- saved pipelines ------------------------------------------------------------------------------------------------------------------
+# --- saved pipelines --------------------------------------------------------------------------------------------------
 
 
 def test_a_saved_pipeline_comes_back_with_its_solver(tmp_path: Path) -> None:

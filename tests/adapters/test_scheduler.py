@@ -1,4 +1,4 @@
-"""The scheduler's contract: what a pipeline relies on, shown on an exact network; pipelines are in test_pipelines.py."""
+"""The scheduler's contract, shown on an exact network; it is in real pipelines in test_pipelines.py."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ from flowsolve.adapters.diffusers.reading import read  # noqa: E402
 from flowsolve.adapters.diffusers.settings import from_json, to_json  # noqa: E402
 
 PROBLEM = GaussianMixture(
-    torch.tensor([[-1.0, 0.5, 0.2], [1.0, 1.0, -0.5]], dtype=torch.float64), torch.tensor([0.5, 0.7], dtype=torch.float64)
+    torch.tensor([[-1.0, 0.5, 0.2], [1.0, 1.0, -0.5]], dtype=torch.float64),
+    torch.tensor([0.5, 0.7], dtype=torch.float64),
 )
 STABLE: dict[str, Any] = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 DDIM_CONFIG = diffusers.DDIMScheduler(**STABLE, clip_sample=False, timestep_spacing="trailing").config
@@ -74,7 +75,7 @@ def chart_for(solver: Solver, name: str) -> str | None:
     return "straight" if name == "flow" and type(solver).__name__.startswith("DPMSolver1") else None
 
 
-# --- the same steps as fs.sample ----------------------------------------------------------------------------------------
+# --- the same steps as fs.sample --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -114,7 +115,7 @@ def test_every_solver_makes_the_steps_of_sample(name: str, solver: Solver) -> No
 def test_auto_brings_its_grid_and_another_grid_has_precedence() -> None:
     s = Scheduler.from_config(DDIM_CONFIG, solver="auto", seed=0)
     s.set_timesteps(8)
-    solver, spacing = solvers.Auto().choose(s.reading.path, 8)
+    solver, _ = solvers.Auto().choose(s.reading.path, 8)
     assert s.solver == solver
     sol = fs.sample(exact_flow(s), start=noise(), nfe=8)
     torch.testing.assert_close(loop_exactly(s, noise()), sol.x, rtol=1e-10, atol=1e-10)
@@ -129,23 +130,44 @@ def exact_flow(s: Any) -> fs.Flow:
     return PROBLEM.flow(s.reading.path, "noise")
 
 
-@pytest.mark.parametrize("grid", [*fs.grids.SPACINGS, fs.grids.Karras(rho=5.0), fs.grids.Shifted("log_snr", 2.0)], ids=repr)
+@pytest.mark.parametrize(
+    "grid", [*fs.grids.SPACINGS, fs.grids.Karras(rho=5.0), fs.grids.Shifted("log_snr", 2.0)], ids=repr
+)
 def test_grids_by_name_are_those_of_sample(grid: Any) -> None:
     """With a solver of one evaluation a step, on the same budget."""
     s = Scheduler.from_config(DDIM_CONFIG, solver="unipc", grid=grid)
     s.set_timesteps(6)
     begin = fs.planning.span(fs.grids.resolve(grid), s.reading.path, 6)[0]
-    sol = fs.sample(
-        exact_flow(s), start=noise(), interval=(begin, 1.0), solver=UniPC(), nfe=6, grid=grid
-    )
+    sol = fs.sample(exact_flow(s), start=noise(), interval=(begin, 1.0), solver=UniPC(), nfe=6, grid=grid)
     torch.testing.assert_close(loop_exactly(s, noise()), sol.x, rtol=1e-9, atol=1e-9)
     assert len(s.timesteps) == 6
+
+
+def test_a_start_by_single_steps_is_that_of_sample() -> None:
+    """A multistep method with warmup="single" spends 3 evaluations on each of its first two steps."""
+    solver = solvers.DEIS(3, warmup="single")
+    s = Scheduler.from_config(DDIM_CONFIG, solver=solver, grid="uniform")
+    s.set_timesteps(5)
+    assert s.nfe == len(s.timesteps) == 9
+    assert s._table.plan.begins == (0, 3, 6, 7, 8)
+
+    class Thirds:
+        """Nine even steps, of which the first two triples are 2 even steps of 5."""
+
+        def times(self, path: Any, start: float, end: float, steps: int) -> list[float]:
+            assert steps == 9
+            return [0.0, 0.07, 0.14, 0.2, 0.27, 0.34, 0.4, 0.6, 0.8, 1.0]
+
+    sol = fs.sample(exact_flow(s), start=noise(), solver=solver, nfe=9, grid=Thirds())
+    torch.testing.assert_close(loop_exactly(s, noise()), sol.x, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("final", ["path", "sigma_min", "denoise", "tweedie"])
 @pytest.mark.parametrize("name", ["table", "flow"])
 def test_final_policies_are_those_of_sample(final: str, name: str) -> None:
-    s = Scheduler.from_config(CONFIGS[name], solver=DDIM(), grid="log_snr", final=final, **({"shift": 1.0} if name == "flow" else {}))
+    s = Scheduler.from_config(
+        CONFIGS[name], solver=DDIM(), grid="log_snr", final=final, **({"shift": 1.0} if name == "flow" else {})
+    )
     s.set_timesteps(6)
     flow = PROBLEM.flow(s.reading.path, "noise" if name == "table" else "velocity")
     sol = fs.sample(flow, start=noise(), solver=DDIM(), nfe=6, grid="log_snr", final=final)
@@ -155,7 +177,7 @@ def test_final_policies_are_those_of_sample(final: str, name: str) -> None:
     assert float(s.sigmas[-1]) == pytest.approx(lowest if final == "sigma_min" else 0.0, abs=1e-6)
 
 
-# --- what pipelines look for --------------------------------------------------------------------------------------------
+# --- what pipelines look for ------------------------------------------------------------------------------------------
 
 
 def test_capabilities_are_discoverable() -> None:
@@ -201,8 +223,7 @@ def test_progress_and_warm_up_counts(steps: int, solver: Solver) -> None:
         updates = sum(i == n - 1 or (i + 1 > warm and (i + 1) % order == 0) for i in range(n))
         assert updates == steps
         assert s.num_inference_steps == steps
-        begins = [i for i in range(0, n, order)]
-        assert list(s._table.plan.begins) == begins
+        assert list(s._table.plan.begins) == list(range(0, n, order))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -229,7 +250,8 @@ def test_a_half_precision_pipeline_keeps_its_state_in_float32() -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_add_noise_is_the_path(name: str) -> None:
-    theirs = {"table": diffusers.DDIMScheduler, "flow": diffusers.FlowMatchEulerDiscreteScheduler, "edm": diffusers.EDMEulerScheduler}[name].from_config(CONFIGS[name])  # fmt: skip
+    cls = {"table": "DDIMScheduler", "flow": "FlowMatchEulerDiscreteScheduler", "edm": "EDMEulerScheduler"}[name]
+    theirs = getattr(diffusers, cls).from_config(CONFIGS[name])
     theirs.set_timesteps(5)
     s = Scheduler.from_config(CONFIGS[name], solver="ddim")
     z, e = noise(seed=1).float(), noise(seed=2).float()
@@ -259,7 +281,7 @@ def test_edm_inputs_are_scaled() -> None:
     assert s.init_noise_sigma == pytest.approx(theirs.init_noise_sigma)
 
 
-# --- nodes ----------------------------------------------------------------------------------------------------------------
+# --- nodes ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_static_shift_is_applied_once() -> None:
@@ -340,14 +362,24 @@ def test_nodes_are_those_that_diffusers_visits(name: str, spacing: str, steps: i
     if (name, spacing) == ("DPMSolverSinglestepScheduler", "leading"):
         pytest.skip("it knows linspace only")
     cls = getattr(diffusers, name)
-    theirs = cls(**STABLE, timestep_spacing=spacing) if "timestep_spacing" in inspect.signature(cls).parameters else cls(**STABLE)
+    theirs = (
+        cls(**STABLE, timestep_spacing=spacing)
+        if "timestep_spacing" in inspect.signature(cls).parameters
+        else cls(**STABLE)
+    )
     if spacing != "linspace" and theirs.config.get("timestep_spacing") is None:
         pytest.skip("it has no spacing")
     s = Scheduler.from_config(theirs, solver="ddim")
     theirs.set_timesteps(steps)
     s.set_timesteps(steps)
     visited = list(dict.fromkeys(theirs.timesteps.tolist()))
-    if (spacing, steps) == ("linspace", 1) and name in ("DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler", "LMSDiscreteScheduler"):
+    if (spacing, steps) == ("linspace", 1) and name in (
+        "DDIMScheduler",
+        "DDPMScheduler",
+        "EulerDiscreteScheduler",
+        "HeunDiscreteScheduler",
+        "LMSDiscreteScheduler",
+    ):
         assert visited == [0]  # the cleanest entry for pure noise; ours is the noisiest
         assert s.timesteps.tolist() == [999.0]
         return
@@ -355,7 +387,9 @@ def test_nodes_are_those_that_diffusers_visits(name: str, spacing: str, steps: i
 
 
 @pytest.mark.parametrize("option", ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"])
-@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler"])
+@pytest.mark.parametrize(
+    "name", ["EulerDiscreteScheduler", "UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler"]
+)
 def test_levels_by_option_are_those_of_diffusers(name: str, option: str) -> None:
     if option == "use_beta_sigmas":
         pytest.importorskip("scipy")
@@ -388,10 +422,12 @@ def test_pndm_takes_one_evaluation_more_than_steps() -> None:
     assert s.timesteps.tolist() == list(dict.fromkeys(theirs.timesteps.tolist()))
 
 
-# --- beginning within, and going elsewhere ------------------------------------------------------------------------------------
+# --- beginning within, and going elsewhere ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("solver", [UniPC(3), Heun(), solvers.RK4(), solvers.SEEDS(3), Churn(Heun(), gamma=0.3)], ids=repr)
+@pytest.mark.parametrize(
+    "solver", [UniPC(3), Heun(), solvers.RK4(), solvers.SEEDS(3), Churn(Heun(), gamma=0.3)], ids=repr
+)
 def test_a_slice_of_the_time_steps_is_a_solve_of_the_rest(solver: Solver) -> None:
     """As image-to-image has it: timesteps[t_start · order:], with the state noised to the first of them."""
     s = Scheduler.from_config(DDIM_CONFIG, solver=solver, seed=3)
@@ -501,7 +537,7 @@ def test_unipc_does_not_correct_a_change_away() -> None:
     torch.testing.assert_close(x, expected, rtol=1e-9, atol=1e-9)
 
 
-# --- noise ------------------------------------------------------------------------------------------------------------------
+# --- noise ------------------------------------------------------------------------------------------------------------
 
 
 def run(scheduler: Any, x: Tensor, generator: Any = None) -> Tensor:
@@ -548,15 +584,15 @@ def test_eta_is_ddim_s() -> None:
     full.set_timesteps(4)
     torch.testing.assert_close(loop(s, noise(), eta=1.0), loop(full, noise()))
     torch.testing.assert_close(loop(full, noise(), eta=0.0), loop(full, noise()))  # pipelines' default says nothing
-    with pytest.raises(ValueError, match="eta = 0.5 is DDIM's"):
+    with pytest.raises(ValueError, match=r"eta = 0\.5 is DDIM's"):
         loop(full, noise(), eta=0.5)
 
 
-# --- threads ------------------------------------------------------------------------------------------------------------------
+# --- threads ----------------------------------------------------------------------------------------------------------
 
 
 def test_two_threads_with_one_scheduler() -> None:
-    """In lockstep, with different numbers of steps and starts; a barrier makes every step of one meet one of the other."""
+    """In lockstep, with different budgets and starts: a barrier makes every step of one meet one of the other."""
     s = Scheduler.from_config(DDIM_CONFIG, solver=UniPC(3))
     barrier, found = threading.Barrier(2, timeout=20), {}
 
@@ -605,7 +641,7 @@ def test_copies_do_not_share_runs() -> None:
     assert s.step_index == 1
 
 
-# --- saved ----------------------------------------------------------------------------------------------------------------------
+# --- saved ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: repr(s)[:48])
@@ -617,10 +653,17 @@ def test_settings_have_json(solver: Solver) -> None:
     assert from_json(json.loads(json.dumps(to_json(solver)))) == solver
 
 
-@pytest.mark.parametrize("grid", [None, "karras", fs.grids.Arctan(center=1.0, width=2.0, until=3.8), fs.grids.Shifted("uniform", 2.0),
-                                  fs.grids.At(sigma=[10.0, 1.0, 0.1]), [0.0, 0.5, 1.0]], ids=repr)  # fmt: skip
+GRIDS = [
+    None, "karras", fs.grids.Arctan(center=1.0, width=2.0, until=3.8), fs.grids.Shifted("uniform", 2.0),
+    fs.grids.At(sigma=[10.0, 1.0, 0.1]), [0.0, 0.5, 1.0],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=repr)
 def test_save_and_load(tmp_path: Path, grid: Any) -> None:
-    s = Scheduler.from_config(DDIM_CONFIG, solver=solvers.Ancestral(Heun(), eta=0.5), grid=grid, final="denoise", seed=3)
+    s = Scheduler.from_config(
+        DDIM_CONFIG, solver=solvers.Ancestral(Heun(), eta=0.5), grid=grid, final="denoise", seed=3
+    )
     s.save_pretrained(tmp_path)
     again = Scheduler.from_pretrained(tmp_path)
     assert again.solver == s.solver
@@ -633,15 +676,24 @@ def test_save_and_load(tmp_path: Path, grid: Any) -> None:
     assert json.loads((tmp_path / "scheduler_config.json").read_text())["_class_name"] == "Scheduler"
 
 
+def test_the_scheduler_of_a_saved_pipeline(tmp_path: Path) -> None:
+    """`from_pretrained` on the folder of a scheduler of diffusers' own."""
+    theirs = diffusers.UniPCMultistepScheduler(**STABLE, solver_order=3)
+    theirs.save_pretrained(tmp_path / "scheduler")
+    s = Scheduler.from_pretrained(tmp_path, subfolder="scheduler", solver="unipc")
+    assert s.reading.name == "UniPCMultistepScheduler"
+    assert s.solver == UniPC()
+
+
 def test_a_function_among_the_settings_is_not_saved(tmp_path: Path) -> None:
     s = Scheduler.from_config(DDIM_CONFIG, solver=solvers.SDEDPMSolverPP(eta=lambda t: t))
     s.set_timesteps(4)
     assert torch.isfinite(loop(s, noise())).all()
-    with pytest.raises(ValueError, match="the solver cannot be saved: .* has no JSON"):
+    with pytest.raises(ValueError, match=r"the solver cannot be saved: .* has no JSON"):
         s.save_pretrained(tmp_path)
 
 
-# --- errors -----------------------------------------------------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------------------------------
 
 
 def test_every_name_is_a_solver_that_runs() -> None:
@@ -702,7 +754,7 @@ def test_calls_that_are_wrong() -> None:
     with pytest.raises(ValueError, match="num_inference_steps = 3 beside 2 values"):
         s.set_timesteps(3, timesteps=[900, 100])
     s.set_timesteps(3)
-    with pytest.raises(ValueError, match=r"model_output has shape \(4, 2\); expected that of the sample, \(4, 3\)"):
+    with pytest.raises(ValueError, match=r"model_output has shape \(4, 2\); expected the sample's, \(4, 3\)"):
         s.step(torch.zeros(4, 2), s.timesteps[0], torch.zeros(4, 3))
     s = Scheduler.from_config(DDIM_CONFIG, solver="ddim", grid=[0.0, 0.5, 1.0])
     with pytest.raises(ValueError, match="grid= has 3 times, and 5 steps need 6"):
@@ -711,14 +763,24 @@ def test_calls_that_are_wrong() -> None:
 
 def test_noise_prediction_of_pure_noise_is_refused() -> None:
     """A table of zero terminal SNR and a noise prediction: the first estimate does not exist."""
-    s = Scheduler.from_config(diffusers.DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing"), solver="ddim")
+    s = Scheduler.from_config(
+        diffusers.DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing"), solver="ddim"
+    )
     with pytest.raises(ValueError, match="asks a 'noise' prediction at t = 0"):
         s.set_timesteps(4)
 
 
 def test_learned_variance_is_not_used() -> None:
-    s = Scheduler.from_config(DDIM_CONFIG, solver="ddim", )
-    learned = Scheduler.from_config(diffusers.DDPMScheduler(**STABLE, clip_sample=False, variance_type="learned_range", timestep_spacing="trailing"), solver="ddim")
+    s = Scheduler.from_config(
+        DDIM_CONFIG,
+        solver="ddim",
+    )
+    learned = Scheduler.from_config(
+        diffusers.DDPMScheduler(
+            **STABLE, clip_sample=False, variance_type="learned_range", timestep_spacing="trailing"
+        ),
+        solver="ddim",
+    )
     for one in (s, learned):
         one.set_timesteps(3)
     x = noise()

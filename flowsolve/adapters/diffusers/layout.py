@@ -1,4 +1,4 @@
-r"""The plan of a solve in a pipeline: N steps of a solver, and the times at which the pipeline will be asked to evaluate.
+r"""The plan of a solve in a pipeline: N steps of a solver, and the times at which the pipeline will evaluate.
 
 A pipeline counts steps: `num_inference_steps` = N makes N + 1 nodes, and a step of a solver of m evaluations goes from
 one node to the next. Its stages are entries of `timesteps` like any other, in the order in which the solver asks, so
@@ -47,7 +47,8 @@ class Plan:
         stepper: its step function.
         intervals: (t, t_next, evaluations) of the steps.
         closing: what is made of a last evaluation, where the steps end.
-        points: the path at the time of each evaluation.
+        times: the flow time of each evaluation.
+        points: the path there.
         begins: the number of the first evaluation of each step, and of the closing one.
         steps: N, as pipelines count them.
     """
@@ -132,7 +133,7 @@ def lay(
         closing = Closing(begins[-1], 1.0, 0.0)
     elif closes and (end > path.window[1] or (final is None and path.at(end).sigma == 0.0)):
         closing = to_the_end(path, end)
-    elif policy.policy == "path" or 0.0 < path.at(end).sigma:
+    elif policy.policy == "path" or path.at(end).sigma > 0.0:
         begins = [*begins, end]
     return _checked(reading, method, ruler, begins, closing, steps)
 
@@ -165,7 +166,12 @@ def _spaced(
     if policy.evaluations or (final is None and reading.scale is not None):
         return spacing.times(path, start, stop, steps - 1) if steps > 1 else [start], None, False
     placed = spacing.times(path, start, stop, steps)
-    if edge < stop and steps > 1 and (solver.evaluations > 1 or placed[-2] > edge) and not isinstance(spacing, Timesteps):
+    if (
+        edge < stop
+        and steps > 1
+        and (solver.evaluations > 1 or placed[-2] > edge)
+        and not isinstance(spacing, Timesteps)
+    ):
         return spacing.times(path, start, edge, steps - 1), stop, True
     return placed[:-1], stop, False
 
@@ -195,7 +201,15 @@ def _checked(
     else:
         first.pop()
     return Plan(
-        reading, solver, stepper, intervals, closing, tuple(times), tuple(path.at(t) for t in times), tuple(first), steps
+        reading,
+        solver,
+        stepper,
+        intervals,
+        closing,
+        tuple(times),
+        tuple(path.at(t) for t in times),
+        tuple(first),
+        steps,
     )
 
 

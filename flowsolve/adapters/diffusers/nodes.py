@@ -1,4 +1,4 @@
-r"""The noise levels that a scheduler's configuration asks for: the times at which N steps begin, and where the last ends.
+r"""The noise levels that a scheduler's configuration asks for: where N steps begin, and where the last of them ends.
 
 This is what diffusers' own scheduler of that configuration visits, so that a change of the solver is a change of the
 solver alone. Tables list entries k (see `flowsolve.grids.Timesteps` for the spacings): those of DDIM, DDPM and Euler's
@@ -74,7 +74,11 @@ def own(reading: Reading, steps: int, mu: float | None = None) -> Nodes:
         return from_sigmas(reading, base, mu)
     entries = _entries(reading, steps)
     levels = [_level(path, k) for k in entries]
-    ends = [levels[0], levels[-1]] if reading.name in EULERS else [_level(path, len(path.alphas_cumprod) - 1), _level(path, 0)]
+    ends = (
+        [levels[0], levels[-1]]
+        if reading.name in EULERS
+        else [_level(path, len(path.alphas_cumprod) - 1), _level(path, 0)]
+    )
     placed = _respaced(config, ends, steps)
     if placed:
         return _ended(reading, [path.time(-math.log(v)) for v in placed])
@@ -144,7 +148,9 @@ def _entries(reading: Reading, steps: int) -> list[float]:
         count = steps if extra else max(steps - 1, 1)
         found = [Fraction((top - 1) * (count - i), count) for i in range(steps)]
     elif kind == "leading":
-        found = [Fraction(i * (top // (steps + extra)) + int(config.get("steps_offset", 0))) for i in range(steps + extra)]
+        found = [
+            Fraction(i * (top // (steps + extra)) + int(config.get("steps_offset", 0))) for i in range(steps + extra)
+        ]
         found = found[extra:][::-1]
     elif kind == "trailing":
         found = [Fraction(round(Fraction(top) - Fraction(size * i, steps)) - 1) for i in range(steps)]

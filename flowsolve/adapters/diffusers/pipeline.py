@@ -17,7 +17,7 @@ given latents at its first step and ends the loop.
 **Limits.**
 
 * The pipeline must iterate over `scheduler.timesteps` (or a slice), call `scheduler.step` once in a turn, and leave the
-  sample alone in between. Inpainting by blending does not, nor does `denoising_end`; both are errors, not wrong answers.
+  sample alone in between. Inpainting by blending does not, nor does `denoising_end`: errors, not wrong answers.
 * What depends on the number of the turn (guidance for the first half of the steps) sees numbers that go on rising.
 * All samples of a turn have one time. Samples at different times, as an adaptive solver has them, take one turn each:
   capture one sample at a time, or expect B times the work for a batch of B. NFE counts what a sample asked for.
@@ -103,9 +103,7 @@ def capture(pipe: Any, *args: Any, **kwargs: Any) -> Captured:
     led, net = _led(pipe, loop), _Turn(loop)
     sample, when = loop.begin(led, args, kwargs)
     reading, plan, net.batch = led.scheduler.reading, loop.plan, len(sample)
-    flow = Flow(
-        net, reading.path, reading.flow.prediction, time=reading.flow.clock, nfe_per_call=max(1, loop.calls)
-    )
+    flow = Flow(net, reading.path, reading.flow.prediction, time=reading.flow.clock, nfe_per_call=max(1, loop.calls))
     t = min(plan.times, key=lambda v: abs(float(reading.flow.clock(v)) - when))
     end = plan.end if plan.closing is None else plan.closing.t
     start = sample.detach().to(state_dtype(sample))
@@ -128,8 +126,8 @@ class _Loop:
         while not self.done:
             if not self.stepped:
                 raise RuntimeError(
-                    "the pipeline looks ahead in its time steps, or leaves out scheduler.step; such a loop cannot be led "
-                    "(drop denoising_end and the like)"
+                    "the pipeline looks ahead in its time steps, or leaves out scheduler.step; such a loop cannot be "
+                    "led (drop denoising_end and the like)"
                 )
             self.stepped = False
             self.shown = self.time
@@ -300,7 +298,7 @@ class _Moving(Tensor):
     """Time steps whose iteration is led; otherwise a tensor like any other."""
 
     loop: _Loop
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
     def of(cls, values: Tensor, loop: _Loop) -> _Moving:
@@ -326,7 +324,16 @@ class _Lead(Scheduler):
     def timesteps(self) -> Tensor:
         return _Moving.of(super().timesteps, self.loop)
 
-    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True, **_: Any) -> Any:
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        eta: float | None = None,
+        use_clipped_model_output: bool | None = None,
+        generator: Any = None,
+        return_dict: bool = True,
+    ) -> StepOutput | tuple[Tensor, Tensor]:
         """Hand the output over, and return the sample that is asked about next."""
         self.loop.plan = self._table.plan
         x = self.loop.step(model_output, timestep, sample)

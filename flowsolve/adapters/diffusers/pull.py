@@ -48,10 +48,11 @@ class Run:
         if at not in plan.begins:
             step = max(i for i, b in enumerate(plan.begins) if b <= at)
             raise ValueError(
-                f"the solve would begin at entry {at} of timesteps, a stage within step {step}; expected the first of a "
-                f"step, one of {list(plan.begins)} (in code: a multiple of order = {plan.solver.evaluations})"
+                f"the solve would begin at entry {at} of timesteps, a stage within step {step}; expected the first "
+                f"entry of a step, one of {list(plan.begins)} (multiples of order = {plan.solver.evaluations})"
             )
         self.plan, self.stepper = plan, stepper or plan.stepper
+        self._query: Query
         self.at: int | None = at
         self._step = plan.begins.index(at)
         self._state = State(sample.to(state_dtype(sample)), noise)
@@ -74,7 +75,9 @@ class Run:
                 self._state = replace(self._state, origin=None)
                 self._enter(x)
             query = self._query.about(x)
-        found = limited(plan.reading.flow.read(query.x, output.to(query.x.dtype), plan.points[self.at]), plan.reading.config)
+        found = limited(
+            plan.reading.flow.read(query.x, output.to(query.x.dtype), plan.points[self.at]), plan.reading.config
+        )
         data, self.at = found.data, self.at + 1
         if self._generator is None:
             assert plan.closing is not None

@@ -7,8 +7,9 @@ and the two things that a pipeline asks of a scheduler: the clock and the input'
 | schedulers | path | prediction | clock | input |
 |---|---|---|---|---|
 | tables | `Discrete` | `prediction_type` | index $k$ | $x$ |
-| flow matching, and tables with `use_flow_sigmas` | `CondOT` | $\varepsilon - z$, or `prediction_type` | $N(1-t)$ | $x$ |
-| EDM, and Euler with `timestep_type="continuous"` | `EDM` | $F$ | $\tfrac14\ln\sigma$ | $x/\sqrt{\sigma^2+\sigma_d^2}$ |
+| flow matching | `CondOT` | $\varepsilon - z$ | $N(1-t)$ | $x$ |
+| tables with `use_flow_sigmas` | `CondOT` | `prediction_type` | $N(1-t)$ | $x$ |
+| EDM; Euler, if continuous | `EDM` | $F$ | $\tfrac14\ln\sigma$ | $x/\sqrt{\sigma^2+\sigma_d^2}$ |
 
 EDM's $\hat z = c_{skip}\,x + c_{out}\,F$ with $c_{skip} = \sigma_d^2/(\sigma^2+\sigma_d^2)$ and
 $c_{out} = \pm\sigma\sigma_d/\sqrt{\sigma^2+\sigma_d^2}$ (− for `v_prediction`) is the row
@@ -92,7 +93,11 @@ def complete(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 def _defaults(cls: Any) -> dict[str, Any]:
     """The options of a class, as they are by default."""
-    return {} if cls is None else {k: p.default for k, p in inspect.signature(cls.__init__).parameters.items() if k != "self"}
+    return (
+        {}
+        if cls is None
+        else {k: p.default for k, p in inspect.signature(cls.__init__).parameters.items() if k != "self"}
+    )
 
 
 def read(config: Mapping[str, Any]) -> Reading:
@@ -167,7 +172,9 @@ def start_std(reading: Reading, t: float) -> float:
     """
     point, leading = reading.path.at(t), reading.config.get("timestep_spacing") == "leading"
     if reading.scale is not None:
-        return float(point.sigma) if "timestep_spacing" in reading.config and not leading else math.hypot(point.sigma, 1.0)
+        return (
+            float(point.sigma) if "timestep_spacing" in reading.config and not leading else math.hypot(point.sigma, 1.0)
+        )
     return float(point.sigma) if reading.name in EULERS and not leading else 1.0
 
 

@@ -8,17 +8,18 @@ It runs the step generators of `fs.sample`: `step()` sends the network's output 
 sample that the next query is about (`flowsolve.adapters.diffusers.pull`). What the pipeline's own scheduler says about
 training is kept (`reading`), and so, unless `grid` says otherwise, are the noise levels that it would visit (`nodes`).
 
-**Time steps** are float32, not truncated and not in the pipeline's dtype; the state between steps is float32 at least.
-**Shift**: applied once, to the configuration's own grid, to named grids and to explicit `sigmas`, which pipelines give
-before the shift. Explicit `timesteps` are taken as they are. Flow pipelines that pass N even `sigmas` from 1 to 1/N mean
-"N steps"; where a grid or "auto" was asked for, it has precedence over these.
-**Noise** is flowsolve's own, a function of a seed, the sample and the interval (`flowsolve.noise`). Seeds are drawn from
-the generator that a pipeline hands to `step`, one for each of a list of generators. A pipeline that hands none (SD3,
-Flux) gets `seed` if one is set, and otherwise noise named by the starting latents themselves: the same latents, the same
-noise.
-**Threads**: a plan is never changed once made, and each thread has its own and its own run, so one scheduler, or
-pipelines that share one, can sample in several threads at once. A thread that has set no time steps sees the last plan
-that any thread made.
+* **Time steps** are float32, neither truncated nor in the pipeline's dtype; the state between steps is in float32 at
+  least.
+* **Shift** is applied once: to the configuration's own grid, to named grids, and to explicit `sigmas`, which pipelines
+  give before the shift. Explicit `timesteps` are taken as they are. Flow pipelines that pass N even `sigmas` from 1 to
+  1/N mean "N steps"; where a grid or "auto" was asked for, it has precedence over these.
+* **Noise** is flowsolve's own, a function of a seed, the sample and the interval (`flowsolve.noise`). Seeds are drawn
+  from the generator that a pipeline hands to `step`, one for each of a list of generators. A pipeline that hands none
+  (SD3, Flux) gets `seed` if one is set, and otherwise noise named by the starting latents themselves: the same latents,
+  the same noise.
+* **Threads**: a plan is never changed once made, and each thread has its own plan and its own run, so one scheduler, or
+  pipelines that share one, can sample in several threads at once. A thread that has set no time steps sees the last
+  plan that any thread made.
 """
 
 from __future__ import annotations
@@ -272,7 +273,9 @@ class Scheduler(SchedulerMixin, ConfigMixin):
             raise ValueError("give one of num_inference_steps, timesteps and sigmas")
         listed = [float(v) for v in given[0]] if given else []
         if given and num_inference_steps not in (None, len(listed)):
-            raise ValueError(f"num_inference_steps = {num_inference_steps} beside {len(listed)} values; give one of them")
+            raise ValueError(
+                f"num_inference_steps = {num_inference_steps} beside {len(listed)} values; give one of them"
+            )
         o = self._options
         plan = lay(
             self.reading, o["solver"], o["grid"], o["chart"], o["final"], mu=mu,
@@ -286,7 +289,10 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         clean = plan.closing is not None and plan.closing.noise == 0.0
         levels.append(0.0 if clean else self._level(end))
         table = _Table(
-            plan, torch.tensor(host, dtype=torch.float32, device=device), torch.tensor(levels, dtype=torch.float32), host
+            plan,
+            torch.tensor(host, dtype=torch.float32, device=device),
+            torch.tensor(levels, dtype=torch.float32),
+            host,
         )
         self._own.table, self._own.run, self._own.begin = table, None, None
         self._shared = table
@@ -331,7 +337,7 @@ class Scheduler(SchedulerMixin, ConfigMixin):
             model_output = model_output[:, : sample.shape[1]]
         if model_output.shape != sample.shape:
             raise ValueError(
-                f"model_output has shape {tuple(model_output.shape)}; expected that of the sample, {tuple(sample.shape)}"
+                f"model_output has shape {tuple(model_output.shape)}; expected the sample's, {tuple(sample.shape)}"
             )
         run, at = own.run, self._index(timestep)
         if run is None or run.at != at:
@@ -359,7 +365,7 @@ class Scheduler(SchedulerMixin, ConfigMixin):
     def __len__(self) -> int:
         return int(self.config["num_train_timesteps"])
 
-    # --- within ---------------------------------------------------------------------------------------------------------
+    # --- within -------------------------------------------------------------------------------------------------------
 
     @property
     def _table(self) -> _Table:
@@ -380,10 +386,10 @@ class Scheduler(SchedulerMixin, ConfigMixin):
     def _place(self, timestep: Any) -> int | None:
         """The entry that a time step is, where it is a view of `timesteps`: read without waiting for a device."""
         known = self._table.timesteps
-        if isinstance(timestep, Tensor) and timestep.numel() == 1 and timestep.dtype == known.dtype:
-            if timestep.untyped_storage().data_ptr() == known.untyped_storage().data_ptr():
-                return int(timestep.storage_offset())
-        return None
+        if not isinstance(timestep, Tensor) or timestep.numel() != 1 or timestep.dtype != known.dtype:
+            return None
+        same = timestep.untyped_storage().data_ptr() == known.untyped_storage().data_ptr()
+        return int(timestep.storage_offset()) if same else None
 
     def _index(self, timestep: Any) -> int:
         """The entry of `timesteps` that a time step is: the one that is next, if none is nearer."""
@@ -398,9 +404,7 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         candidates += [*table.plan.begins, *range(len(table.host))]
         return next(i for i in candidates if abs(table.host[i] - k) <= nearest)
 
-    def _begin(
-        self, plan: Plan, at: int, sample: Tensor, eta: float | None, generator: Any
-    ) -> Run:
+    def _begin(self, plan: Plan, at: int, sample: Tensor, eta: float | None, generator: Any) -> Run:
         solver, stepper = plan.solver, None
         if eta:
             if not isinstance(solver, DDIM):
@@ -416,7 +420,9 @@ class Scheduler(SchedulerMixin, ConfigMixin):
             if len(generator) == 1:
                 return _drawn(generator[0])
             if len(generator) != len(sample):
-                raise ValueError(f"{len(generator)} generators for {len(sample)} samples; expected one, or one a sample")
+                raise ValueError(
+                    f"{len(generator)} generators for {len(sample)} samples; expected one, or one a sample"
+                )
             return [_drawn(g) for g in generator]
         if generator is not None:
             return _drawn(generator)

@@ -1,4 +1,4 @@
-"""Solvers and grids as JSON, for a scheduler's configuration: {"class": "UniPC", "order": 3, …}, and solvers by name."""
+"""Solvers and grids as JSON, {"class": "UniPC", "order": 3, …}, for a scheduler's configuration; solvers by name."""
 
 from __future__ import annotations
 
