@@ -6,7 +6,9 @@ filled too.
 
 from __future__ import annotations
 
+import json
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -181,6 +183,31 @@ def stable(native: Any = None, kind: str = "") -> Case:
         **STABLE, clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="leading"
     )
     return Case(cls, native, parts, {**call, **more})
+
+
+def prompted(folder: Path) -> Any:
+    """Stable Diffusion with a tokenizer of letters and a text encoder of one layer, for calls with words."""
+    transformers = pytest.importorskip("transformers")
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = [*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "tokenizer_config.json").write_text('{"model_max_length": 8}')
+    torch.manual_seed(8)
+    encoder = transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(
+            vocab_size=len(words), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=8, bos_token_id=len(words) - 2, eos_token_id=len(words) - 1,
+        )
+    )  # fmt: skip
+    pipe = diffusers.StableDiffusionPipeline(
+        vae=vae(), text_encoder=encoder.eval(), tokenizer=transformers.CLIPTokenizer.from_pretrained(folder),
+        unet=unet_conditional(), scheduler=stable().native, safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def xl(native: Any = None, kind: str = "") -> Case:

@@ -6,6 +6,7 @@ Images are in [0, 1]. "Equal" is to 1e-4 in float32; that another solver's image
 from __future__ import annotations
 
 import json
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -560,3 +561,21 @@ def test_so_with_conditioning(kept: dict[Any, Case]) -> None:
         cond={"encoder_hidden_states": case.call["prompt_embeds"]},
     )  # fmt: skip
     torch.testing.assert_close(sol.x, expected, rtol=1e-4, atol=1e-4)
+
+
+# --- the guide --------------------------------------------------------------------------------------------------------
+
+
+def test_the_guide_s_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every snippet of docs/pipelines.md in order, on a pipeline that reads words."""
+    text = (Path(__file__).parents[2] / "docs/pipelines.md").read_text(encoding="utf-8")
+    snippets = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(snippets) == 7
+    monkeypatch.chdir(tmp_path)
+    known: dict[str, Any] = {"pipe": pipelines.prompted(tmp_path / "tokenizer")}
+    for snippet in snippets:
+        exec(snippet, known)  # noqa: S102 (the guide)
+    assert known["again"].scheduler.solver == UniPC()
+    assert known["image"].size == (16, 16)
+    assert len(known["images"]) == 2
+    assert bool(torch.isfinite(known["out"].log_prob).all())
