@@ -322,6 +322,10 @@ def test_explicit_timesteps_are_taken_as_they_are() -> None:
         s.set_timesteps(timesteps=[1200, 10])
     with pytest.raises(ValueError, match="strictly increasing"):
         s.set_timesteps(timesteps=[500, 500, 10])
+    with pytest.raises(
+        ValueError, match=r"sigmas = \[3.0, 0.0, 1.0\]; expected noise levels that fall, 0 only as the last"
+    ):
+        s.set_timesteps(sigmas=[3.0, 0.0, 1.0])
 
 
 @pytest.mark.parametrize(("kind", "shift"), [("exponential", math.e**1.1), ("linear", 1.1)])
@@ -634,7 +638,9 @@ def test_copies_do_not_share_runs() -> None:
     s.set_timesteps(5)
     expected = loop(s, noise())
     s.step(noise(), s.timesteps[0], noise())
-    for other in (copy.deepcopy(s), pickle.loads(pickle.dumps(s))):  # noqa: S301 (what was just pickled)
+    twins = [copy.deepcopy(s), copy.copy(s)]
+    assert all(torch.equal(other.timesteps, s.timesteps) for other in twins)
+    for other in (*twins, pickle.loads(pickle.dumps(s))):  # noqa: S301 (what was just pickled)
         assert other.step_index is None
         other.set_timesteps(5)
         assert torch.equal(loop(other, noise()), expected)
@@ -713,7 +719,7 @@ def test_every_name_is_a_solver_that_runs() -> None:
         ({"solver": 3}, TypeError, "solver is a int"),
         ({"solver": solvers.Dopri5()}, TypeError, r"chooses its own steps and needs the loop; use .*capture"),
         ({"stepz": 3}, TypeError, r"'stepz' is no option of Scheduler \(solver, grid, .* or of DDIMScheduler"),
-        ({"beta_schedule": "sigmoid"}, ValueError, "beta_schedule = 'sigmoid' is not supported"),
+        ({"beta_schedule": "zigzag"}, ValueError, "beta_schedule = 'zigzag' is not supported"),
         ({"prediction_type": "flow_prediction"}, ValueError, r"supported are epsilon, sample, v_prediction \(and flow"),
     ],
 )  # fmt: skip
@@ -756,6 +762,9 @@ def test_calls_that_are_wrong() -> None:
     s.set_timesteps(3)
     with pytest.raises(ValueError, match=r"model_output has shape \(4, 2\); expected the sample's, \(4, 3\)"):
         s.step(torch.zeros(4, 2), s.timesteps[0], torch.zeros(4, 3))
+    s = Scheduler.from_config(DDIM_CONFIG, solver="ddim", final="sigma_min")
+    with pytest.raises(ValueError, match="1 step leaves nothing to do before the clean data"):
+        s.set_timesteps(1)
     s = Scheduler.from_config(DDIM_CONFIG, solver="ddim", grid=[0.0, 0.5, 1.0])
     with pytest.raises(ValueError, match="grid= has 3 times, and 5 steps need 6"):
         s.set_timesteps(5)

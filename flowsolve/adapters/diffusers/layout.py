@@ -90,7 +90,7 @@ def lay(
 
     Args:
         reading: the training convention.
-        solver: a solver, or "auto".
+        solver: a solver on a fixed grid, or `Auto`.
         grid: a spacing, its name, explicit flow times or `grids.At`; None for the configuration's own nodes.
         chart: for Runge–Kutta solvers.
         final: a final policy; None for the configuration's own end.
@@ -98,7 +98,6 @@ def lay(
         mu: of a dynamic shift.
 
     Raises:
-        TypeError: a solver that chooses its own steps.
         ValueError: nodes that are not a grid, or where no estimate exists.
     """
     path = reading.path
@@ -106,19 +105,13 @@ def lay(
         steps = len(timesteps if timesteps is not None else sigmas if sigmas is not None else ())
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"num_inference_steps = {steps!r}; expected an integer >= 1")
-    uniform = sigmas is not None and grid_like(sigmas)
     method, chosen = auto.resolve(solver, grid, path, steps)
-    if method.chooses_steps:
-        raise TypeError(
-            f"{method!r} chooses its own steps and needs the loop; use flowsolve.adapters.diffusers.capture(pipe, …), "
-            "or a solver on a fixed grid (adaptive=False, if it has that)"
-        )
     ruler = None if chart is None else charts.resolve(chart)
     spacing = None if chosen is None else grids.resolve(chosen)
     closes = method.evaluations > 1  # whether the last step is left to a closing evaluation, where it may be
     if timesteps is not None:
         begins, end = nodes.from_timesteps(reading, timesteps)
-    elif sigmas is not None and not (uniform and spacing is not None):
+    elif sigmas is not None and (spacing is None or not even(sigmas)):
         begins, end = nodes.from_sigmas(reading, sigmas, mu)
     elif spacing is None:
         begins, end = nodes.own(reading, steps, mu)
@@ -138,7 +131,7 @@ def lay(
     return _checked(reading, method, ruler, begins, closing, steps)
 
 
-def grid_like(sigmas: Sequence[float]) -> bool:
+def even(sigmas: Sequence[float]) -> bool:
     """Whether noise fractions are N even ones from 1 to 1/N: how flow pipelines say "N steps"."""
     n = len(sigmas)
     return all(abs(float(v) - (1.0 - i / n)) < 1e-6 for i, v in enumerate(sigmas))
@@ -166,12 +159,8 @@ def _spaced(
     if policy.evaluations or (final is None and reading.scale is not None):
         return spacing.times(path, start, stop, steps - 1) if steps > 1 else [start], None, False
     placed = spacing.times(path, start, stop, steps)
-    if (
-        edge < stop
-        and steps > 1
-        and (solver.evaluations > 1 or placed[-2] > edge)
-        and not isinstance(spacing, Timesteps)
-    ):
+    beyond = edge < stop and (solver.evaluations > 1 or placed[-2] > edge)
+    if beyond and steps > 1 and not isinstance(spacing, Timesteps):  # whose entries are all within the window
         return spacing.times(path, start, edge, steps - 1), stop, True
     return placed[:-1], stop, False
 
@@ -185,6 +174,8 @@ def _checked(
     intervals: tuple[tuple[float, float, int], ...] = ()
     if len(begins) > 1:
         intervals = tuple(Grid(tuple(begins), tuple(counts)).intervals)
+    elif closing is None:
+        raise ValueError(f"{steps} step leaves nothing to do before the clean data; take more, or final='denoise'")
     asked = {t for t, _, _ in intervals} | {after for _, after, n in intervals if solver.asks_at_end(n)}
     for t in begins if intervals else ():
         if t in asked:
@@ -200,17 +191,8 @@ def _checked(
         times.append(begins[-1])
     else:
         first.pop()
-    return Plan(
-        reading,
-        solver,
-        stepper,
-        intervals,
-        closing,
-        tuple(times),
-        tuple(path.at(t) for t in times),
-        tuple(first),
-        steps,
-    )
+    points = tuple(path.at(t) for t in times)
+    return Plan(reading, solver, stepper, intervals, closing, tuple(times), points, tuple(first), steps)
 
 
 def _counts(solver: Solver, steps: int) -> list[int]:

@@ -28,8 +28,15 @@ from flowsolve.paths import Discrete
 
 __all__ = ["from_sigmas", "from_timesteps", "own", "shift_of"]
 
-ROUNDED = ("DDIMInverseScheduler", "DDIMParallelScheduler", "DDIMScheduler", "DDPMParallelScheduler", "DDPMScheduler",
-           "PNDMScheduler")  # fmt: skip
+ONE_MORE = (
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepInverseScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "SASolverScheduler",
+    "UniPCMultistepScheduler",
+)
+"""Schedulers that lay out N + 1 entries for N steps."""
 TO_THE_LOWEST = ("DEISMultistepScheduler", "SASolverScheduler")
 
 
@@ -73,13 +80,8 @@ def own(reading: Reading, steps: int, mu: float | None = None) -> Nodes:
             base = [(1.0 - 1.0 / span) * i / steps for i in range(steps, 0, -1)]
         return from_sigmas(reading, base, mu)
     entries = _entries(reading, steps)
-    levels = [_level(path, k) for k in entries]
-    ends = (
-        [levels[0], levels[-1]]
-        if reading.name in EULERS
-        else [_level(path, len(path.alphas_cumprod) - 1), _level(path, 0)]
-    )
-    placed = _respaced(config, ends, steps)
+    first, last = (entries[0], entries[-1]) if reading.name in EULERS else (len(path.alphas_cumprod) - 1.0, 0.0)
+    placed = _respaced(config, [_level(path, first), _level(path, last)], steps)
     if placed:
         return _ended(reading, [path.time(-math.log(v)) for v in placed])
     return _ended(reading, [path.time_from_native(k) for k in entries])
@@ -96,10 +98,10 @@ def from_sigmas(reading: Reading, sigmas: Sequence[float], mu: float | None = No
     """
     config, path = reading.config, reading.path
     levels = [float(v) for v in sigmas]
-    if not levels or any(not math.isfinite(v) or v < 0.0 for v in levels):
-        raise ValueError(f"sigmas = {levels}; expected finite noise levels >= 0, falling from noise to data")
     clean = len(levels) > 1 and levels[-1] == 0.0
     levels = levels[:-1] if clean else levels
+    if not levels or any(not math.isfinite(v) or v <= 0.0 for v in levels):
+        raise ValueError(f"sigmas = {[float(v) for v in sigmas]}; expected noise levels that fall, 0 only as the last")
     if reading.scale is None and not isinstance(path, Discrete):
         shift = shift_of(config, mu)
         levels = [shift * v / (1.0 + (shift - 1.0) * v) for v in levels]
@@ -137,7 +139,7 @@ def _entries(reading: Reading, steps: int) -> list[float]:
     """The entries of the table at which steps begin."""
     config, kind = reading.config, reading.config.get("timestep_spacing", "linspace")
     size = int(config["num_train_timesteps"])
-    extra = 0 if reading.name in (*EULERS, *ROUNDED) else 1
+    extra = int(reading.name in ONE_MORE)
     if not 1 <= steps <= size - extra:
         raise ValueError(f"{steps} steps on a table of {size} entries; expected 1 to {size - extra}, or another grid=")
     clip, top = config.get("lambda_min_clipped"), size
@@ -161,8 +163,8 @@ def _entries(reading: Reading, steps: int) -> list[float]:
 
 
 def _level(path: Discrete, entry: float) -> float:
-    """σ/α at an entry."""
-    return math.exp(-path.log_snr(path.time_from_native(entry)))
+    """σ/α at an entry; where that is infinite 2¹², the level that diffusers puts there."""
+    return min(math.exp(-path.log_snr(path.time_from_native(entry))), 4096.0)
 
 
 def _respaced(config: Mapping[str, Any], ends: Sequence[float], steps: int, usual: str = "") -> list[float]:

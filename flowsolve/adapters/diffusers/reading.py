@@ -35,11 +35,21 @@ from flowsolve.flow import Flow
 from flowsolve.paths import EDM, CondOT, Discrete, Path, Point
 from flowsolve.predictions import Prediction, Row
 
-__all__ = ["Reading", "complete", "read"]
+__all__ = ["EULERS", "FLOWS", "OURS", "Reading", "complete", "read", "start_std"]
 
 FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 EDMS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 TABLES = (*TABLE_SCHEDULERS, "DPMSolverSDEScheduler")
+EULERS = (
+    "DPMSolverSDEScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LMSDiscreteScheduler",
+)
+"""Schedulers whose state is x/α."""
 OURS = "flowsolve"
 """The entry of a configuration that holds what is this package's own (`flowsolve.adapters.diffusers.settings`)."""
 
@@ -176,18 +186,6 @@ def start_std(reading: Reading, t: float) -> float:
             float(point.sigma) if "timestep_spacing" in reading.config and not leading else math.hypot(point.sigma, 1.0)
         )
     return float(point.sigma) if reading.name in EULERS and not leading else 1.0
-
-
-EULERS = (
-    "DPMSolverSDEScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "LMSDiscreteScheduler",
-)
-"""Schedulers whose state is x/α."""
 
 
 def _elsewhere(x: Tensor, t: Tensor) -> Tensor:

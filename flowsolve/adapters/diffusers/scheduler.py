@@ -24,6 +24,7 @@ training is kept (`reading`), and so, unless `grid` says otherwise, are the nois
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import threading
@@ -172,6 +173,14 @@ class Scheduler(SchedulerMixin, ConfigMixin):
             if isinstance(value, dict) and "unsaved" in value:
                 raise ValueError(f"the {option} cannot be saved: {value['unsaved']}")
         super().save_config(save_directory, push_to_hub, **kwargs)
+
+    def __copy__(self) -> Scheduler:
+        made = type(self).__new__(type(self))
+        made.__dict__.update(self.__dict__, _own=_Own(), _shared=self._own.table or self._shared)
+        return made
+
+    def __deepcopy__(self, memo: Any) -> Scheduler:
+        return copy.copy(self)  # what is shared is never changed
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("_own", "_reading", "_shared")}
