@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -173,6 +174,12 @@ class Scheduler(SchedulerMixin, ConfigMixin):
             if isinstance(value, dict) and "unsaved" in value:
                 raise ValueError(f"the {option} cannot be saved: {value['unsaved']}")
         super().save_config(save_directory, push_to_hub, **kwargs)
+
+    def to_json_string(self) -> str:
+        """The configuration as JSON, with the class that it was read from: a file of that scheduler, and of ours."""
+        content = json.loads(super().to_json_string())
+        content["_class_name"] = self.config[OURS]["scheduler"]
+        return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
     def __copy__(self) -> Scheduler:
         made = type(self).__new__(type(self))
