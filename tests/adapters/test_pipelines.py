@@ -569,6 +569,42 @@ def test_so_with_conditioning(kept: dict[Any, Case]) -> None:
     torch.testing.assert_close(sol.x, expected, rtol=1e-4, atol=1e-4)
 
 
+def conditions(case: Case, name: str) -> dict[str, Any]:
+    """What the pipeline gives its network without guidance, under the network's own names."""
+    call = case.call
+    given: dict[str, Any] = {"encoder_hidden_states": call["prompt_embeds"]}
+    if name == "xl":
+        ids = torch.tensor([16.0, 16.0, 0.0, 0.0, 16.0, 16.0]).expand(2, 6)
+        given["added_cond_kwargs"] = {"text_embeds": call["pooled_prompt_embeds"], "time_ids": ids}
+    elif name == "pixart":
+        given["encoder_attention_mask"] = call["prompt_attention_mask"]
+        given["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
+    else:
+        given["pooled_projections"] = call["pooled_prompt_embeds"]
+    if name == "flux":
+        ids = case.pipe._prepare_latent_image_ids(2, 4, 4, torch.device("cpu"), torch.float32)
+        given |= {"guidance": torch.full((2,), 3.0), "txt_ids": torch.zeros(5, 3), "img_ids": ids}
+    return given
+
+
+@pytest.mark.parametrize("name", ["xl", "sd3", "flux", "pixart"])
+def test_loading_the_others_and_sampling_is_running_the_pipeline(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("flowsolve.adapters.diffusers.models")
+    case = CASES[name]()
+    s = Scheduler.from_config(case.native, solver=UniPC(2))
+    options: dict[str, Any] = {} if name == "flux" else {"guidance_scale": 1.0}
+    expected = case(s, 5, output_type="latent", **options)
+    case.pipe.save_pretrained(tmp_path)
+    start = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(7)) * s.init_noise_sigma
+    if name == "flux":
+        start = case.pipe._pack_latents(start, 2, 4, 8, 8)
+    flow, nodes = adapters.load(tmp_path), s.nodes
+    sol = fs.sample(
+        flow, start=start, interval=(nodes[0], nodes[-1]), solver=UniPC(2), grid=nodes, cond=conditions(case, name)
+    )
+    torch.testing.assert_close(sol.x, expected, rtol=1e-4, atol=1e-4)
+
+
 # --- the guide --------------------------------------------------------------------------------------------------------
 
 

@@ -489,12 +489,15 @@ def test_time_steps_are_found_by_place_or_by_the_nearest_value() -> None:
         s.timesteps.tolist(),
         [torch.tensor(v) for v in s.timesteps.tolist()],
         [v * (1 + 1e-6) for v in s.timesteps.tolist()],
+        [float(t.bfloat16()) for t in s.timesteps],
         [t.reshape(1).repeat(4) for t in s.timesteps],
     ):
         x = noise()
         for t, k in zip(given, s.timesteps, strict=True):
             x = s.step(output_at(s, x, float(k)), t, x).prev_sample
         torch.testing.assert_close(x, expected)
+    with pytest.raises(ValueError, match=r"timestep = 900 is none of timesteps, \[999.0, 749.0,"):
+        s.step(noise(), 900, noise())
     with pytest.raises(ValueError, match=r"one time for all samples.*capture"):
         s.step(noise(), torch.tensor([999.0, 500.0, 3.0, 2.0]), noise())
 
@@ -709,6 +712,9 @@ def test_a_function_among_the_settings_is_not_saved(tmp_path: Path) -> None:
     assert torch.isfinite(loop(s, noise())).all()
     with pytest.raises(ValueError, match=r"the solver cannot be saved: .* has no JSON"):
         s.save_pretrained(tmp_path)
+    assert Scheduler.from_config(s).solver == s.solver
+    with pytest.raises(ValueError, match=r"the solver of this configuration is not in it .*; give it"):
+        Scheduler.from_config(s.config)
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

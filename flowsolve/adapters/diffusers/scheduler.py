@@ -53,6 +53,8 @@ from diffusers.utils import BaseOutput  # noqa: E402
 __all__ = ["ConfigMixin", "Scheduler", "SchedulerMixin", "StepOutput"]
 
 OPTIONS = ("solver", "grid", "chart", "final", "seed")
+UNSAVED = "unsaved"
+"""In a configuration, in the place of an option that has no JSON: why."""
 
 
 @dataclass
@@ -119,6 +121,7 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         seed: int | None = None,
         **changes: Any,
     ) -> None:
+        live = config._options if isinstance(config, Scheduler) else {}
         if isinstance(config, SchedulerMixin) and isinstance(config, ConfigMixin):
             config = {"_class_name": type(config).__name__, **config.config}
         if not isinstance(config, Mapping):
@@ -134,22 +137,26 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         given = {"solver": solver, "grid": grid, "chart": chart, "final": final, "seed": seed}
         self._options: dict[str, Any] = {}
         ours: dict[str, Any] = {"scheduler": name}
-        for option, value in given.items():
+        for option, new in given.items():
+            value = live.get(option) if new is None else new
             if value is None:
                 ours[option] = before.get(option, "auto" if option == "solver" else None)
+                if isinstance(ours[option], dict) and UNSAVED in ours[option]:
+                    raise ValueError(
+                        f"the {option} of this configuration is not in it ({ours[option][UNSAVED]}); give it"
+                    )
                 self._options[option] = from_json(ours[option])
                 continue
             self._options[option] = value
             try:
                 ours[option] = to_json(value)
             except TypeError as error:
-                ours[option] = {"unsaved": str(error)}
-        self._options["solver"] = named(self._options["solver"])
-        if self._options["solver"] is not None and getattr(self._options["solver"], "chooses_steps", False):
+                ours[option] = {UNSAVED: str(error)}
+        method = self._options["solver"] = named(self._options["solver"])
+        if getattr(method, "chooses_steps", False):
             raise TypeError(
-                f"{self._options['solver']!r} chooses its own steps and needs the loop; use "
-                "flowsolve.adapters.diffusers.capture(pipe, …), or a solver on a fixed grid (adaptive=False, if it "
-                "has that)"
+                f"{method!r} chooses its own steps and needs the loop; use flowsolve.adapters.diffusers.capture(pipe, "
+                "…), or a solver on a fixed grid (adaptive=False, if it has that)"
             )
         kept = {k: v for k, v in {**known, **changes}.items() if not k.startswith("_") and k != OURS}
         self.register_to_config(**kept, **{OURS: ours})
@@ -171,8 +178,8 @@ class Scheduler(SchedulerMixin, ConfigMixin):
             ValueError: a setting that has no JSON, such as η as a function.
         """
         for option, value in self.config[OURS].items():
-            if isinstance(value, dict) and "unsaved" in value:
-                raise ValueError(f"the {option} cannot be saved: {value['unsaved']}")
+            if isinstance(value, dict) and UNSAVED in value:
+                raise ValueError(f"the {option} cannot be saved: {value[UNSAVED]}")
         super().save_config(save_directory, push_to_hub, **kwargs)
 
     def to_json_string(self) -> str:
@@ -408,17 +415,23 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         return int(timestep.storage_offset()) if same else None
 
     def _index(self, timestep: Any) -> int:
-        """The entry of `timesteps` that a time step is: the one that is next, if none is nearer."""
+        """The entry of `timesteps` that a time step is: by its place, or the nearest; of equals the one that is next.
+
+        Raises:
+            ValueError: a number that is none of them, by more than half precisions and whole numbers lose.
+        """
         place = self._place(timestep)
         if place is not None:
             return place
-        table, run = self._table, self._own.run
-        k = _number(timestep)
-        nearest = min(abs(v - k) for v in table.host) * (1.0 + 1e-6) + 1e-9
-        candidates = [*([run.at] if run is not None and run.at is not None else [])]
-        candidates += [self._own.begin] if run is None and self._own.begin is not None else []
-        candidates += [*table.plan.begins, *range(len(table.host))]
-        return next(i for i in candidates if abs(table.host[i] - k) <= nearest)
+        table, run, k = self._table, self._own.run, _number(timestep)
+        expected = run.at if run is not None else self._own.begin
+        order: list[int] = [] if expected is None else [expected]
+        order += [*table.plan.begins, *range(len(table.host))]
+        least = min(abs(v - k) for v in table.host)
+        found = next(i for i in order if abs(table.host[i] - k) <= least * (1.0 + 1e-6) + 1e-9)
+        if found != expected and least > 2**-8 * abs(k) + 1e-3 * abs(table.host[0]):
+            raise ValueError(f"timestep = {k:g} is none of timesteps, {[round(v, 3) for v in table.host]}; pass those")
+        return found
 
     def _begin(self, plan: Plan, at: int, sample: Tensor, eta: float | None, generator: Any) -> Run:
         solver, stepper = plan.solver, None
