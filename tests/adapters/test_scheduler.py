@@ -840,6 +840,17 @@ def test_diffusers_is_not_imported_before_it_is_needed() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_diffusers_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    import flowsolve.adapters.diffusers as package
+
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    monkeypatch.delitem(sys.modules, "flowsolve.adapters.diffusers.scheduler")
+    with pytest.raises(ImportError, match=r"a scheduler for its pipelines needs diffusers.*flowsolve\[diffusers\]"):
+        _ = package.Scheduler
+    with pytest.raises(AttributeError, match="has no attribute 'Sheduler'"):
+        _ = package.Sheduler
+
+
 def test_readings_of_edm_match_its_preconditioning() -> None:
     """ẑ from F as diffusers makes it, for both signs."""
     for kind in ("epsilon", "v_prediction"):

@@ -103,21 +103,21 @@ class Run:
                 self._state = replace(self._state, x=x)
             self._query = Query(self._state.x, plan.times[-1])
             return
-        t, t_next, evaluations = interval = plan.intervals[self._step]
+        interval = plan.intervals[self._step]
         if x is not None:
             self._state = replace(self._state, x=x)
         self._generator = self.stepper(self._state, *interval)
         self._query = next(self._generator)
-        asked = float(self._query.t)
+        t, asked = interval[0], float(self._query.t)
         if x is not None and asked != t:  # a solver that goes elsewhere first, by a factor and noise of its own
             ratio = plan.reading.path.alpha(t) / plan.reading.path.alpha(asked)
             self._state = replace(self._state, x=self._state.x + ratio * (x - self._query.x))
-            self._generator = self.stepper(self._state, t, t_next, evaluations)
+            self._generator = self.stepper(self._state, *interval)
             self._query = next(self._generator)
 
     def _give(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """x in the pipeline's dtype, a tensor of its own."""
-        given = x.detach().to(dtype, copy=True) if not x.requires_grad else x.to(dtype, copy=True)
+        given = x.to(dtype, copy=True)
         self._given = given, None if given.is_inference() else given._version
         self._copy = x
         return given

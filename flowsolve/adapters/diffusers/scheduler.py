@@ -105,6 +105,12 @@ class Scheduler(SchedulerMixin, ConfigMixin):
     Raises:
         TypeError: a solver that chooses its own steps, or an option that neither we nor the scheduler has.
         ValueError: a scheduler, solver or grid that is not known.
+
+    Examples:
+        >>> scheduler = Scheduler.from_config({"_class_name": "DDIMScheduler"}, solver="heun", grid="trailing")
+        >>> scheduler.set_timesteps(3)
+        >>> scheduler.order, scheduler.nfe, scheduler.timesteps.tolist()
+        (2, 5, [999.0, 666.0, 666.0, 332.0, 332.0])
     """
 
     config_name = "scheduler_config.json"
