@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 TRITON = ["flowsolve/kernels/cuda.py", "flowsolve/kernels/philox_cuda.py"]
+DIFFUSERS = ["flowsolve/adapters/diffusers/pipeline.py", "flowsolve/adapters/diffusers/scheduler.py"]
 collect_ignore = [] if find_spec("triton") else TRITON
+collect_ignore += [] if find_spec("diffusers") else DIFFUSERS
 
 
 @pytest.fixture(autouse=True)

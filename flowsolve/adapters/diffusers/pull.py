@@ -1,0 +1,153 @@
+r"""One run of a plan, pulled along by a pipeline: it is handed the network's outputs, and says where to evaluate next.
+
+A solver's step is a generator of queries (`flowsolve.solvers.base`); a pipeline's loop is what answers them. The sample
+that a pipeline holds between two evaluations is the state of the next query.
+
+**A sample that was changed** in between (a mask blended in, a callback) is taken as it comes: the estimate is that of
+the changed state, for this is what the network saw. At the beginning of a step the step then sets out from there; what
+a multistep method remembers of earlier estimates stays, but its corrector, which would undo the change, is left out
+once. A sample that was not changed is not rounded either: the state between steps is kept in float32 at least, whatever
+the pipeline computes in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowsolve._batch import rows, state_dtype
+from flowsolve.adapters.diffusers.layout import Plan
+from flowsolve.noise import Noise
+from flowsolve.predictions import Estimate, Row
+from flowsolve.solvers.base import Query, State, Step, Stepper
+
+__all__ = ["Run", "limited"]
+
+
+class Run:
+    """A solve under way.
+
+    Args:
+        plan: what is solved.
+        at: the number of the evaluation that comes first, which begins a step.
+        sample: the state there, shape (B, *S).
+        noise: of the samples; None where the solver draws none.
+        stepper: another step function than the plan's, with the same queries.
+
+    Attributes:
+        at: the number of the evaluation that comes next; None after the last.
+    """
+
+    def __init__(
+        self, plan: Plan, at: int, sample: Tensor, noise: Noise | None, stepper: Stepper | None = None
+    ) -> None:
+        if at not in plan.begins:
+            step = max(i for i, b in enumerate(plan.begins) if b <= at)
+            raise ValueError(
+                f"the solve would begin at entry {at} of timesteps, a stage within step {step}; expected the first "
+                f"entry of a step, one of {list(plan.begins)} (multiples of order = {plan.solver.evaluations})"
+            )
+        self.plan, self.stepper = plan, stepper or plan.stepper
+        self._query: Query
+        self.at: int | None = at
+        self._step = plan.begins.index(at)
+        self._state = State(sample.to(state_dtype(sample)), noise)
+        self._given: tuple[Tensor, int | None] | None = None
+        self._generator: Step | None = None
+        self._enter(self._state.x)
+
+    def advance(self, output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
+        """The sample for the next evaluation, or the result; and ẑ from this one.
+
+        Args:
+            output: the network's, shape (B, *S).
+            sample: what it was evaluated on, in the pipeline's dtype.
+        """
+        assert self.at is not None
+        query, plan = self._query, self.plan
+        if self._changed(sample):
+            x = sample.to(state_dtype(sample))
+            if self.at in plan.begins:
+                self._state = replace(self._state, origin=None)
+                self._enter(x)
+            query = self._query.about(x)
+        found = limited(
+            plan.reading.flow.read(query.x, output.to(query.x.dtype), plan.points[self.at]), plan.reading.config
+        )
+        data, self.at = found.data, self.at + 1
+        if self._generator is None:
+            assert plan.closing is not None
+            x, self.at = found.combine(plan.closing.data, plan.closing.noise), None
+        else:
+            try:
+                self._query = self._generator.send(found)
+            except StopIteration as stop:
+                self._state, self._step = stop.value, self._step + 1
+                if self.at == len(plan.times):
+                    self.at = None
+                else:
+                    self._enter(None)
+            x = self._state.x if self.at is None else self._query.x
+        return self._give(x, sample.dtype), data.to(sample.dtype)
+
+    def _enter(self, x: Tensor | None) -> None:
+        """Begin the step that comes, from the state; or so that its first query is about x."""
+        plan = self.plan
+        if self._step == len(plan.intervals):
+            self._generator = None
+            if x is not None:
+                self._state = replace(self._state, x=x)
+            self._query = Query(self._state.x, plan.times[-1])
+            return
+        interval = plan.intervals[self._step]
+        if x is not None:
+            self._state = replace(self._state, x=x)
+        self._generator = self.stepper(self._state, *interval)
+        self._query = next(self._generator)
+        t, asked = interval[0], float(self._query.t)
+        if x is not None and asked != t:  # a solver that goes elsewhere first, by a factor and noise of its own
+            ratio = plan.reading.path.alpha(t) / plan.reading.path.alpha(asked)
+            self._state = replace(self._state, x=self._state.x + ratio * (x - self._query.x))
+            self._generator = self.stepper(self._state, *interval)
+            self._query = next(self._generator)
+
+    def _give(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """x in the pipeline's dtype, a tensor of its own."""
+        given = x.to(dtype, copy=True)
+        self._given = given, None if given.is_inference() else given._version
+        self._copy = x
+        return given
+
+    def _changed(self, sample: Tensor) -> bool:
+        """Whether a sample is not what was given out last."""
+        if self._given is None:
+            return False
+        given, version = self._given
+        if sample is given and version is not None:
+            return bool(given._version != version)
+        kept = self._copy.to(sample.dtype)
+        return sample.shape != kept.shape or not torch.equal(sample, kept)
+
+
+def limited(estimate: Estimate, config: Mapping[str, Any]) -> Estimate:
+    """The estimate with ẑ clipped or thresholded, and ε̂ to match, as a scheduler's configuration says.
+
+    `clip_sample`: to ±`clip_sample_range`. `thresholding`: each sample to ±s and divided by s, with s the
+    `dynamic_thresholding_ratio` quantile of |ẑ|, between 1 and `sample_max_value` (Saharia et al. 2022).
+    """
+    if config.get("thresholding"):
+        data = estimate.data
+        level = torch.quantile(rows(data).abs().float(), float(config.get("dynamic_thresholding_ratio", 0.995)), dim=1)
+        level = level.clamp(1.0, float(config.get("sample_max_value", 1.0))).to(data.dtype)
+        level = level.reshape(-1, *[1] * (data.ndim - 1))
+        data = data.clamp(-level, level) / level
+    elif config.get("clip_sample"):
+        edge = float(config.get("clip_sample_range", 1.0))
+        data = estimate.data.clamp(-edge, edge)
+    else:
+        return estimate
+    return Estimate(estimate.x, data, estimate.point, Row(1.0, 0.0))

@@ -1,0 +1,485 @@
+r"""`Scheduler`: any solver on a fixed budget as a drop-in scheduler for a diffusers pipeline.
+
+    from flowsolve.adapters.diffusers import Scheduler
+    pipe.scheduler = Scheduler.from_config(pipe.scheduler.config, solver="unipc")
+    pipe(prompt, num_inference_steps=10)
+
+It runs the step generators of `fs.sample`: `step()` sends the network's output into the generator and returns the
+sample that the next query is about (`flowsolve.adapters.diffusers.pull`). What the pipeline's own scheduler says about
+training is kept (`reading`), and so, unless `grid` says otherwise, are the noise levels that it would visit (`nodes`).
+
+* **Time steps** are float32, neither truncated nor in the pipeline's dtype; the state between steps is in float32 at
+  least.
+* **Shift** is applied once: to the configuration's own grid, to named grids, and to explicit `sigmas`, which pipelines
+  give before the shift. Explicit `timesteps` are taken as they are. Flow pipelines that pass N even `sigmas` from 1 to
+  1/N mean "N steps"; where a grid or "auto" was asked for, it has precedence over these.
+* **Noise** is flowsolve's own, a function of a seed, the sample and the interval (`flowsolve.noise`). Seeds are drawn
+  from the generator that a pipeline hands to `step`, one for each of a list of generators. A pipeline that hands none
+  (SD3, Flux) gets `seed` if one is set, and otherwise noise named by the starting latents themselves: the same latents,
+  the same noise.
+* **Threads**: a plan is never changed once made, and each thread has its own plan and its own run, so one scheduler, or
+  pipelines that share one, can sample in several threads at once. A thread that has set no time steps sees the last
+  plan that any thread made.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowsolve._batch import linear
+from flowsolve._optional import require
+from flowsolve.adapters.diffusers.layout import Plan, lay
+from flowsolve.adapters.diffusers.pull import Run
+from flowsolve.adapters.diffusers.reading import OURS, Reading, complete, read, start_std
+from flowsolve.adapters.diffusers.settings import from_json, named, to_json
+from flowsolve.noise import Noise
+from flowsolve.solvers import DDIM
+
+require("diffusers", "diffusers", "a scheduler for its pipelines")
+# Loading a pipeline looks for these two in the module that a component's class is from.
+from diffusers import ConfigMixin, SchedulerMixin  # noqa: E402
+from diffusers.utils import BaseOutput  # noqa: E402
+
+__all__ = ["ConfigMixin", "Scheduler", "SchedulerMixin", "StepOutput"]
+
+OPTIONS = ("solver", "grid", "chart", "final", "seed")
+UNSAVED = "unsaved"
+"""In a configuration, in the place of an option that has no JSON: why."""
+
+
+@dataclass
+class StepOutput(BaseOutput):
+    """What a step returns.
+
+    Attributes:
+        prev_sample: the sample that the network is to be evaluated on next, or the result.
+        pred_original_sample: ẑ from this evaluation.
+    """
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor
+
+
+@dataclass(frozen=True)
+class _Table:
+    """A plan as pipelines see it, on a device."""
+
+    plan: Plan
+    timesteps: Tensor
+    sigmas: Tensor
+    host: tuple[float, ...]
+
+
+class _Own(threading.local):
+    """What each thread has to itself."""
+
+    table: _Table | None = None
+    run: Run | None = None
+    begin: int | None = None
+
+
+class Scheduler(SchedulerMixin, ConfigMixin):
+    """A solver of flowsolve as a scheduler of diffusers.
+
+    Args:
+        config: the pipeline's scheduler or its configuration, `pipe.scheduler.config`, or those of another `Scheduler`.
+        solver: a solver of `flowsolve.solvers` on a fixed grid, its name in lower case ("unipc", "dpmsolver++", "heun",
+            …), or "auto".
+        grid: a spacing of `flowsolve.grids` or its name, explicit flow times (one more than steps), or `grids.At`. By
+            default the configuration's own noise levels; with "auto" the grid of its choice.
+        chart: for Runge–Kutta solvers, as in `flowsolve.sample`.
+        final: a final policy, as there; by default the end that the configuration says.
+        seed: the noise of the steps, where a pipeline hands no generator to them.
+        **changes: of the configuration: timestep_spacing, shift, prediction_type, ….
+
+    Raises:
+        TypeError: a solver that chooses its own steps, or an option that neither we nor the scheduler has.
+        ValueError: a scheduler, solver or grid that is not known.
+
+    Examples:
+        >>> scheduler = Scheduler.from_config({"_class_name": "DDIMScheduler"}, solver="heun", grid="trailing")
+        >>> scheduler.set_timesteps(3)
+        >>> scheduler.order, scheduler.nfe, scheduler.timesteps.tolist()
+        (2, 5, [999.0, 666.0, 666.0, 332.0, 332.0])
+    """
+
+    config_name = "scheduler_config.json"
+    has_compatibles = False
+
+    def __init__(
+        self,
+        config: Any,
+        solver: Any = None,
+        grid: Any = None,
+        *,
+        chart: Any = None,
+        final: Any = None,
+        seed: int | None = None,
+        **changes: Any,
+    ) -> None:
+        live = config._options if isinstance(config, Scheduler) else {}
+        if isinstance(config, SchedulerMixin) and isinstance(config, ConfigMixin):
+            config = {"_class_name": type(config).__name__, **config.config}
+        if not isinstance(config, Mapping):
+            raise TypeError(f"config is a {type(config).__name__}; expected that of a scheduler, pipe.scheduler.config")
+        name, known = complete(config)
+        strange = [k for k in changes if k not in known]
+        if strange:
+            raise TypeError(
+                f"{strange[0]!r} is no option of Scheduler ({', '.join(OPTIONS)}) or of {name}; drop it, or see "
+                "pipe.scheduler.config"
+            )
+        before = dict(config.get(OURS) or {})
+        given = {"solver": solver, "grid": grid, "chart": chart, "final": final, "seed": seed}
+        self._options: dict[str, Any] = {}
+        ours: dict[str, Any] = {"scheduler": name}
+        for option, new in given.items():
+            value = live.get(option) if new is None else new
+            if value is None:
+                ours[option] = before.get(option, "auto" if option == "solver" else None)
+                if isinstance(ours[option], dict) and UNSAVED in ours[option]:
+                    raise ValueError(
+                        f"the {option} of this configuration is not in it ({ours[option][UNSAVED]}); give it"
+                    )
+                self._options[option] = from_json(ours[option])
+                continue
+            self._options[option] = value
+            try:
+                ours[option] = to_json(value)
+            except TypeError as error:
+                ours[option] = {UNSAVED: str(error)}
+        method = self._options["solver"] = named(self._options["solver"])
+        if getattr(method, "chooses_steps", False):
+            raise TypeError(
+                f"{method!r} chooses its own steps and needs the loop; use flowsolve.adapters.diffusers.capture(pipe, "
+                "…), or a solver on a fixed grid (adaptive=False, if it has that)"
+            )
+        kept = {k: v for k, v in {**known, **changes}.items() if not k.startswith("_") and k != OURS}
+        self.register_to_config(**kept, **{OURS: ours})
+        self._reading: tuple[Any, Reading] | None = None
+        self._shared: _Table | None = None
+        self._own = _Own()
+        _ = self.reading  # what is not supported is an error here
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **options: Any) -> Any:
+        """A scheduler from `pipe.scheduler.config`; options as those of the class."""
+        made = cls(config, **options)
+        return (made, {}) if return_unused_kwargs else made
+
+    def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write scheduler_config.json, from which `from_pretrained` makes the same scheduler.
+
+        Raises:
+            ValueError: a setting that has no JSON, such as η as a function.
+        """
+        for option, value in self.config[OURS].items():
+            if isinstance(value, dict) and UNSAVED in value:
+                raise ValueError(f"the {option} cannot be saved: {value[UNSAVED]}")
+        super().save_config(save_directory, push_to_hub, **kwargs)
+
+    def to_json_string(self) -> str:
+        """The configuration as JSON, with the class that it was read from: a file of that scheduler, and of ours."""
+        content = json.loads(super().to_json_string())
+        content["_class_name"] = self.config[OURS]["scheduler"]
+        return json.dumps(content, indent=2, sort_keys=True) + "\n"
+
+    def __copy__(self) -> Scheduler:
+        made = type(self).__new__(type(self))
+        made.__dict__.update(self.__dict__, _own=_Own(), _shared=self._own.table or self._shared)
+        return made
+
+    def __deepcopy__(self, memo: Any) -> Scheduler:
+        return copy.copy(self)  # what is shared is never changed
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_own", "_reading", "_shared")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _own=_Own(), _reading=None, _shared=None)
+
+    # --- what a pipeline reads ----------------------------------------------------------------------------------------
+
+    @property
+    def reading(self) -> Reading:
+        """The training convention; read anew if a pipeline has replaced the configuration."""
+        if self._reading is None or self._reading[0] is not self._internal_dict:
+            self._reading = (self._internal_dict, read(self._internal_dict))
+        return self._reading[1]
+
+    @property
+    def solver(self) -> Any:
+        """The solver, or "auto"'s choice once the time steps are set."""
+        table = self._own.table or self._shared
+        return self._options["solver"] if table is None else table.plan.solver
+
+    @property
+    def order(self) -> int:
+        """Evaluations of a step: image-to-image pipelines begin at entry `order` · i of `timesteps`."""
+        return int(getattr(self.solver, "evaluations", 1))
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """The standard deviation of the state that a pipeline starts from."""
+        table = self._own.table or self._shared
+        return start_std(self.reading, 0.0 if table is None else table.plan.times[0])
+
+    @property
+    def timesteps(self) -> Tensor:
+        """The network's time at each evaluation, float32."""
+        return self._table.timesteps
+
+    @property
+    def sigmas(self) -> Tensor:
+        """The noise level at each evaluation and at the end, float32 on the host: σ for a flow, σ/α otherwise."""
+        return self._table.sigmas
+
+    @property
+    def nfe(self) -> int:
+        """Evaluations of the whole plan; of the pipeline's network as many, or twice as many under guidance."""
+        return len(self._table.plan.times)
+
+    @property
+    def nodes(self) -> list[float]:
+        """The flow times on which the solver steps: `fs.sample(…, grid=scheduler.nodes)`."""
+        return self._table.plan.nodes
+
+    @property
+    def num_inference_steps(self) -> int | None:
+        """The number of steps; None before `set_timesteps`."""
+        table = self._own.table or self._shared
+        return None if table is None else table.plan.steps
+
+    @property
+    def begin_index(self) -> int | None:
+        """The entry at which the next run begins, if a pipeline has said so."""
+        return self._own.begin
+
+    @property
+    def step_index(self) -> int | None:
+        """The entry of the next evaluation; None when no run is under way."""
+        return None if self._own.run is None else self._own.run.at
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Say at which entry of `timesteps` the next run begins."""
+        self._own.begin = begin_index
+
+    # --- what a pipeline calls ----------------------------------------------------------------------------------------
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[float] | Tensor | None = None,
+        sigmas: Sequence[float] | Tensor | None = None,
+        mu: float | None = None,
+    ) -> None:
+        """Lay out a solve of so many steps.
+
+        Args:
+            num_inference_steps: steps; each costs `order` evaluations, but for a last one to clean data, which costs 1.
+            device: where `timesteps` will be.
+            timesteps: or the network's times at which steps begin, taken as they are.
+            sigmas: or the noise levels at which steps begin: σ/α, or for a flow the noise fractions before the shift. A
+                trailing 0 is the clean end.
+            mu: of a shift that depends on the image's size.
+
+        Raises:
+            ValueError: none or several of the three, or nodes that are no grid.
+        """
+        given = [v for v in (timesteps, sigmas) if v is not None]
+        if len(given) > 1 or (num_inference_steps is None and not given):
+            raise ValueError("give one of num_inference_steps, timesteps and sigmas")
+        listed = [float(v) for v in given[0]] if given else []
+        if given and num_inference_steps not in (None, len(listed)):
+            raise ValueError(
+                f"num_inference_steps = {num_inference_steps} beside {len(listed)} values; give one of them"
+            )
+        o = self._options
+        plan = lay(
+            self.reading, o["solver"], o["grid"], o["chart"], o["final"], mu=mu,
+            steps=None if given else num_inference_steps,
+            timesteps=listed if timesteps is not None else None, sigmas=listed if sigmas is not None else None,
+        )  # fmt: skip
+        flow = self.reading.flow
+        host = tuple(float(flow.clock(t)) for t in plan.times)
+        end = plan.closing.t if plan.closing is not None else plan.end
+        levels = [self._level(t) for t in plan.times]
+        clean = plan.closing is not None and plan.closing.noise == 0.0
+        levels.append(0.0 if clean else self._level(end))
+        table = _Table(
+            plan,
+            torch.tensor(host, dtype=torch.float32, device=device),
+            torch.tensor(levels, dtype=torch.float32),
+            host,
+        )
+        self._own.table, self._own.run, self._own.begin = table, None, None
+        self._shared = table
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        """The network's input at a sample."""
+        scale = self.reading.scale
+        if scale is None:
+            return sample
+        place = self._place(timestep)
+        point = self._table.plan.points[place] if place is not None else self.reading.path.at(self._time(timestep))
+        return sample * float(scale(point))
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        eta: float | None = None,
+        use_clipped_model_output: bool | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> StepOutput | tuple[Tensor, Tensor]:
+        """Take the network's output at a sample, and return the sample to evaluate next.
+
+        Args:
+            model_output: the network's output, guided or not; of the sample's shape, or with twice its channels where
+                the second half is a learned variance, which is not used.
+            timestep: the entry of `timesteps` that it was asked at.
+            sample: what it was asked about, shape (B, *S).
+            eta: for a `DDIM` solver: its η, if not 0, for this run.
+            use_clipped_model_output: for DDIMPipeline; ε̂ always matches a clipped ẑ here.
+            generator: names the noise of the steps; read once, at the first step of a run.
+            return_dict: return a `StepOutput`, or a tuple of the same.
+
+        Raises:
+            ValueError: an output of another shape, or a run that would begin within a step.
+        """
+        table, own = self._table, self._own
+        variance = self.config.get("variance_type") in ("learned", "learned_range")
+        if variance and model_output.ndim > 1 and model_output.shape[1] == 2 * sample.shape[1]:
+            model_output = model_output[:, : sample.shape[1]]
+        if model_output.shape != sample.shape:
+            raise ValueError(
+                f"model_output has shape {tuple(model_output.shape)}; expected the sample's, {tuple(sample.shape)}"
+            )
+        run, at = own.run, self._index(timestep)
+        if run is None or run.at != at:
+            run = own.run = self._begin(table.plan, at, sample, eta, generator)
+        ahead, data = run.advance(model_output, sample)
+        if run.at is None:
+            own.run = None
+        return StepOutput(ahead, data) if return_dict else (ahead, data)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Any) -> Tensor:
+        """α z + σ ε at times of the network, one or one a sample; in the samples' dtype."""
+        times = torch.as_tensor(timesteps).detach().cpu().double().reshape(-1)
+        t = torch.as_tensor(self.reading.native(times)).clamp(0.0, 1.0)
+        point = self.reading.path.at(t.expand(len(original_samples)) if t.numel() == 1 else t)
+        wide = torch.promote_types(original_samples.dtype, torch.float32)
+        mixed = linear(point.alpha, original_samples.to(wide), point.sigma, noise.to(original_samples.device, wide))
+        return mixed.to(original_samples.dtype)
+
+    def scale_noise(self, sample: Tensor, timestep: Any, noise: Tensor | None = None) -> Tensor:
+        """`add_noise`, as flow pipelines call it."""
+        if noise is None:
+            raise ValueError("scale_noise needs the noise; expected a tensor of the sample's shape as noise=")
+        return self.add_noise(sample, noise, timestep)
+
+    def __len__(self) -> int:
+        return int(self.config["num_train_timesteps"])
+
+    # --- within -------------------------------------------------------------------------------------------------------
+
+    @property
+    def _table(self) -> _Table:
+        table = self._own.table or self._shared
+        if table is None:
+            raise ValueError("no time steps are set; call set_timesteps(num_inference_steps) first")
+        return table
+
+    def _level(self, t: float) -> float:
+        point = self.reading.path.at(t)
+        straight = self.reading.config.get("use_flow_sigmas") or "shift" in self.reading.config
+        return float(point.sigma) if straight else float(point.sigma / point.alpha) if point.alpha else float("inf")
+
+    def _time(self, timestep: Any) -> float:
+        """The flow time of a time of the network."""
+        return float(self.reading.native(_number(timestep)))
+
+    def _place(self, timestep: Any) -> int | None:
+        """The entry that a time step is, where it is a view of `timesteps`: read without waiting for a device."""
+        known = self._table.timesteps
+        if not isinstance(timestep, Tensor) or timestep.numel() != 1 or timestep.dtype != known.dtype:
+            return None
+        same = timestep.untyped_storage().data_ptr() == known.untyped_storage().data_ptr()
+        return int(timestep.storage_offset()) if same else None
+
+    def _index(self, timestep: Any) -> int:
+        """The entry of `timesteps` that a time step is: by its place, or the nearest; of equals the one that is next.
+
+        Raises:
+            ValueError: a number that is none of them, by more than half precisions and whole numbers lose.
+        """
+        place = self._place(timestep)
+        if place is not None:
+            return place
+        table, run, k = self._table, self._own.run, _number(timestep)
+        expected = run.at if run is not None else self._own.begin
+        order: list[int] = [] if expected is None else [expected]
+        order += [*table.plan.begins, *range(len(table.host))]
+        least = min(abs(v - k) for v in table.host)
+        found = next(i for i in order if abs(table.host[i] - k) <= least * (1.0 + 1e-6) + 1e-9)
+        if found != expected and least > 2**-8 * abs(k) + 1e-3 * abs(table.host[0]):
+            raise ValueError(f"timestep = {k:g} is none of timesteps, {[round(v, 3) for v in table.host]}; pass those")
+        return found
+
+    def _begin(self, plan: Plan, at: int, sample: Tensor, eta: float | None, generator: Any) -> Run:
+        solver, stepper = plan.solver, None
+        if eta:
+            if not isinstance(solver, DDIM):
+                raise ValueError(f"eta = {eta} is DDIM's; {solver!r} has its own setting, give it to the solver")
+            solver = replace(solver, eta=float(eta))
+            stepper = solver.on(plan.reading.path, None, plan.intervals)
+        noise = Noise.for_batch(self._seed(sample, generator), len(sample)) if solver.random else None
+        return Run(plan, at, sample, noise, stepper)
+
+    def _seed(self, sample: Tensor, generator: Any) -> Any:
+        """What names the noise of a run: one seed, or one for each sample."""
+        if isinstance(generator, list | tuple):
+            if len(generator) == 1:
+                return _drawn(generator[0])
+            if len(generator) != len(sample):
+                raise ValueError(
+                    f"{len(generator)} generators for {len(sample)} samples; expected one, or one a sample"
+                )
+            return [_drawn(g) for g in generator]
+        if generator is not None:
+            return _drawn(generator)
+        if self._options["seed"] is not None:
+            return self._options["seed"]
+        rows = sample.detach().float().cpu().contiguous()
+        return [int.from_bytes(hashlib.blake2b(r.numpy().tobytes(), digest_size=8).digest(), "little") for r in rows]
+
+
+def _drawn(generator: torch.Generator) -> int:
+    """A seed from a generator, which moves on by it."""
+    return int(torch.randint(0, 2**62, (1,), generator=generator, device=generator.device))
+
+
+def _number(timestep: Any) -> float:
+    """A time step as a float: a number, or a tensor whose entries are all the same."""
+    if not isinstance(timestep, Tensor):
+        return float(timestep)
+    values = timestep.detach().cpu().double().reshape(-1)
+    if not len(values) or bool((values != values[0]).any()):
+        raise ValueError(
+            f"timestep = {timestep}; expected one time for all samples. For a time of its own for each, own the loop: "
+            "flowsolve.adapters.diffusers.capture"
+        )
+    return float(values[0])
