@@ -1,6 +1,18 @@
 """Numerical ODE and SDE solvers for generative flows."""
 
-from flowsolve import adapters, batching, charts, grids, kernels, paths, predictions, problems, solvers, training
+from flowsolve import (
+    adapters,
+    batching,
+    charts,
+    grids,
+    guidance,
+    kernels,
+    paths,
+    predictions,
+    problems,
+    solvers,
+    training,
+)
 from flowsolve._version import __version__
 from flowsolve.flow import Flow
 from flowsolve.integrate import encode, sample
@@ -29,6 +41,7 @@ __all__ = [
     "charts",
     "encode",
     "grids",
+    "guidance",
     "kernels",
     "log_prob",
     "paths",
