@@ -29,7 +29,7 @@ from flowsolve.checks import CheckReport
 from flowsolve.flow import Flow
 from flowsolve.guidance.conditioning import own
 from flowsolve.paths import Path, Point
-from flowsolve.predictions import Estimate, Prediction, Row
+from flowsolve.predictions import Prediction, Row
 
 __all__ = ["STRAIGHT", "Guided", "Interval", "Schedule", "host", "moved", "straight"]
 
@@ -216,9 +216,9 @@ def host(t: Any) -> Any:
     return t.detach().to("cpu", torch.float64) if t.ndim else float(t)
 
 
-def straight(estimate: Estimate) -> Tensor:
-    """ẑ − ε̂, shape (B, *S)."""
-    return estimate.output if estimate.row == (1.0, -1.0, 1.0) else estimate.combine(1.0, -1.0)
+def straight(flow: Flow, x: Tensor, output: Tensor, point: Point) -> Tensor:
+    """ẑ − ε̂, shape (B, *S), of what a flow returned at x and a point of the path."""
+    return output if flow.prediction is STRAIGHT else flow.read(x, output, point).combine(1.0, -1.0)
 
 
 def moved(output: Tensor, point: Point, row: Row, change: Tensor) -> Tensor:

@@ -120,7 +120,7 @@ class _Extrapolation(Guided):
         output = self._strong(x, t, clock, cond, marks)
         if self.prediction is self.base.prediction:
             return output
-        return straight(self.base.read(x, output, self.path.at(t)))
+        return straight(self.base, x, output, self.path.at(t))
 
     def _strong(self, x: Tensor, t: Any, clock: Any, cond: dict[str, Any], marks: Any) -> Tensor:
         return self.base.call(x, t, clock=clock, **cond, **{MARK: marks})
@@ -140,7 +140,7 @@ class _Extrapolation(Guided):
             part = strong if index is None else take(strong, index)
             return _placed(strong, index, torch.lerp(weak, part, per_sample(weights, part)))
         point = self.path.at(t)
-        strong = straight(self.base.read(x, strong, point))
+        strong = straight(self.base, x, strong, point)
         if index is None:
             part, here, at = strong, x, point
         else:
@@ -157,7 +157,7 @@ class _Extrapolation(Guided):
 
     def _straight(self, weak: Tensor, x: Tensor, point: Any) -> Tensor:
         """The weaker output as a straight one."""
-        return straight(self.base.read(x, weak, point))
+        return straight(self.base, x, weak, point)
 
     def _settings(self) -> str:
         rule = "" if self.rule is None else f", rule={self.rule!r}"
@@ -333,7 +333,7 @@ class Autoguidance(_Extrapolation):
             here = self.path.at(t)
             x = per_sample((there.alpha + there.sigma) / (here.alpha + here.sigma), x) * x
         output = self.weak.call(x, when, **cond, **{MARK: marks})
-        return strong, straight(self.weak.read(x, output, there))
+        return strong, straight(self.weak, x, output, there)
 
     def _straight(self, weak: Tensor, x: Tensor, point: Any) -> Tensor:
         return weak

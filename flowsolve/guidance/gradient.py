@@ -98,7 +98,7 @@ class _Gradient(Guided):
     def _plain(self, x: Tensor, t: Any, clock: Any, cond: dict[str, Any], marks: Any) -> Tensor:
         """The straight output of the flow itself."""
         output = self.base.call(x, t, clock=clock, **cond, **{MARK: marks})
-        return straight(self.base.read(x, output, self.path.at(t)))
+        return straight(self.base, x, output, self.path.at(t))
 
     def _guided(
         self, x: Tensor, t: Any, weights: Any, clock: Any, cond: dict[str, Any], marks: Any, given: Any
@@ -213,7 +213,7 @@ class Classifier(_Gradient):
         recording: bool,
     ) -> tuple[Tensor, Tensor]:
         with torch.set_grad_enabled(recording):
-            output = straight(self.base.read(x, ask(x), point))
+            output = straight(self.base, x, ask(x), point)
         return output, self.log_prob(here, network_time(self._reads(t), x), **given)
 
 
@@ -256,7 +256,7 @@ class Posterior(_Gradient):
         recording: bool,
     ) -> tuple[Tensor, Tensor]:
         found = self.base.read(here, ask(here), point)
-        return straight(found), self.log_prob(found.data, **given)
+        return straight(self.base, here, found.output, point), self.log_prob(found.data, **given)
 
 
 def _at_noise(what: str, t: Any, flow: Guided) -> str:

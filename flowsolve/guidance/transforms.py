@@ -125,7 +125,7 @@ class Transformed(Guided):
         if not isinstance(made, Tensor) or made.shape != data.shape:
             got = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
             raise ValueError(f"the function of ẑ returned {got} for {tuple(data.shape)}; expected the same shape")
-        return moved(straight(found), point, DATA, made.to(data.dtype) - data)
+        return moved(straight(self.base, x, found.output, point), point, DATA, made.to(data.dtype) - data)
 
     def __repr__(self) -> str:
         name = getattr(self.function, "__name__", repr(self.function))
