@@ -65,7 +65,9 @@ def sample(
         shape: shape (B, *S) of the noise to start from; or give `start`.
         solver: a solver of `flowsolve.solvers`, or "auto" for a choice by path and budget (`flowsolve.solvers.Auto`),
             which brings its own grid.
-        nfe: evaluations to spend, exactly, on a fixed grid; the most a sample may spend with an adaptive solver.
+        nfe: evaluations to spend, exactly, on a fixed grid; the most a sample may spend with an adaptive solver. Where
+            an estimate costs more at some times than at others (guidance within an interval), a fixed grid takes as
+            many estimates as that pays for.
         grid: for fixed-grid solvers: "uniform" (the default), "log_snr", "karras", or another spacing of
             `flowsolve.grids`, by name or itself; or explicit flow times, or values in another coordinate, `grids.At`.
         chart: for Runge–Kutta solvers: "straight" (the default), "data", "noise", "trig" or "native".

@@ -18,11 +18,11 @@ from flowsolve.capture import captured, require_cuda
 from flowsolve.charts import Chart
 from flowsolve.drivers import Ask, Metered, march, stepped
 from flowsolve.flow import Flow
-from flowsolve.grids import Closing, Final, Grid
+from flowsolve.grids import Closing, Final
 from flowsolve.noise import Noise
 from flowsolve.ode import trajectory
 from flowsolve.paths import Path
-from flowsolve.planning import afford, costs, estimates, given, plan, unit, varies, whole, within
+from flowsolve.planning import allowance, given, laid, unit, varies, within
 from flowsolve.snapshot import Callback, Snapshot
 from flowsolve.solution import Solution
 from flowsolve.solvers.adaptive import Status
@@ -123,10 +123,11 @@ class Passage:
                     flow.require(t, "the interval")
             if isinstance(solver, ForeignSDE):
                 solver.check(flow, self.chart, start, last)
-            self.budget = self._most(nfe, last if closing is not None else None)
+            self.ruler = self._ruler(solver)
+            self.budget = allowance(nfe, flow, self.ruler, last if closing is not None else None)
         else:
             self.budget = None
-            steps, self.costs = self._laid(nfe, grid, (start, last), closing)
+            steps, self.costs = laid(solver, flow, (start, last), grid, nfe, self.chart, int(closing is not None))
             self.grid = tuple(steps.intervals)
             if steps.closing:
                 self.grid, last, closing = self.grid[:-1], steps.times[-2], to_the_end(path, last)
@@ -153,56 +154,13 @@ class Passage:
             )
         self.stops = [] if t_eval is None else self._stops(t_eval)
         if self.charted:
-            assert isinstance(solver, SlopeSolver)
-            self.ruler = self.chart or charts.CHARTS[solver.ruler]
+            self.ruler = self._ruler(solver)
             for t in (start, last):
                 self.ruler.require(path, t)
 
-    def _most(self, nfe: int | None, last: float | None) -> int | Metered | None:
-        """What a sample may spend in an adaptive solve, less what an estimate at the last time costs, if there is one.
-
-        It is counted in estimates where they all cost the same.
-        """
-        flow = self.flow
-        if nfe is None:
-            return None
-        kept = 0 if last is None else flow.cost(last)
-        budget = whole(nfe) or 0
-        if budget <= kept:
-            raise ValueError(
-                f"nfe = {nfe}; expected at least {kept + 1}: {'one' if kept == 1 else kept} of them for the final step"
-            )
-        if not varies(flow):
-            return (estimates(nfe, flow) or 0) - (last is not None)
-
-        def price(times: Any) -> Any:
-            return flow.cost(torch.as_tensor(self.ruler.time(flow.path, torch.from_numpy(times)))).sum(0)
-
-        return Metered(budget - kept, price, flow.nfe_range[1])
-
-    def _laid(
-        self, nfe: int | None, grid: Any, interval: tuple[float, float], closing: Closing | None
-    ) -> tuple[Grid, list[int]]:
-        """The grid that a budget pays for, and the network evaluations of each of its steps, and of the final one."""
-        flow, solver, spare = self.flow, self.solver, int(closing is not None)
-
-        def lay(count: int | None) -> tuple[tuple[Grid, list[int]], int]:
-            steps = plan(solver, flow, interval, grid, count, self.chart, spare)
-            spent = costs(solver, flow, steps.intervals[: steps.steps - steps.closing], self.chart)
-            if steps.closing or spare:
-                spent.append(flow.cost(steps.times[-1 - steps.closing]))
-            return (steps, spent), sum(spent)
-
-        if not varies(flow):
-            return lay(estimates(nfe, flow))[0]
-        if nfe is not None and given(grid, flow.path) is None:
-            return afford(nfe, flow, lay)
-        made, cost = lay(None)
-        if nfe not in (None, cost):
-            raise ValueError(
-                f"the budget is {nfe} evaluations, but {solver!r} spends {cost} on the times given; drop nfe= or grid="
-            )
-        return made
+    def _ruler(self, solver: Solver) -> Chart:
+        """The chart that an ODE is solved in."""
+        return self.chart or charts.CHARTS[solver.ruler if isinstance(solver, SlopeSolver) else "straight"]
 
     @property
     def calls(self) -> int:

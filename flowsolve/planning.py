@@ -20,10 +20,13 @@ from itertools import accumulate
 from operator import index
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from flowsolve import grids
 from flowsolve.charts import Chart
+from flowsolve.drivers import Metered
 from flowsolve.flow import Flow
 from flowsolve.grids import At, Grid, Spacing, Timesteps
 from flowsolve.noise import Noise
@@ -32,10 +35,12 @@ from flowsolve.solvers.base import Query, Solver, State, run
 
 __all__ = [
     "afford",
+    "allowance",
     "at_least",
     "costs",
     "estimates",
     "given",
+    "laid",
     "plan",
     "share",
     "span",
@@ -221,6 +226,73 @@ def at_least(nfe: int | None, flow: Flow) -> int | None:
     return None if nfe is None else nfe // flow.nfe_range[1]
 
 
+def allowance(nfe: int | None, flow: Flow, ruler: Chart, last: float | None = None) -> int | Metered | None:
+    """What a sample may spend in an adaptive solve in a chart, in estimates where they all cost the same.
+
+    Args:
+        nfe: the most network evaluations.
+        flow: the flow.
+        ruler: the chart.
+        last: where an estimate is asked for after the steps, which is one of them.
+
+    Raises:
+        ValueError: nothing is left for the steps.
+    """
+    budget = whole(nfe)
+    if budget is None:
+        return None
+    kept = 0 if last is None else flow.cost(last)
+    if budget <= kept:
+        count = "one" if kept == 1 else kept
+        raise ValueError(
+            f"nfe = {nfe}; expected at least {kept + max(1, flow.nfe_range[0])}: {count} of them for the final step"
+        )
+    if not varies(flow):
+        return (estimates(nfe, flow) or 0) - (last is not None)
+
+    def price(times: NDArray[np.float64]) -> NDArray[np.int64]:
+        total: NDArray[np.int64] = flow.cost(torch.as_tensor(ruler.time(flow.path, torch.from_numpy(times)))).sum(0)
+        return total
+
+    return Metered(budget - kept, price, flow.nfe_range[1])
+
+
+def laid(
+    solver: Solver,
+    flow: Flow,
+    interval: tuple[float, float],
+    grid: Any,
+    nfe: int | None,
+    chart: Chart | None,
+    spare: int = 0,
+) -> tuple[Grid, list[int]]:
+    """The grid that a budget of network evaluations pays for, and what each of its steps costs of them.
+
+    What comes after the steps proper, `spare` estimates or the closing one, is the last of the costs.
+
+    Raises:
+        ValueError: as `plan`; a budget that explicit times contradict.
+    """
+
+    def lay(count: int | None) -> tuple[tuple[Grid, list[int]], int]:
+        steps = plan(solver, flow, interval, grid, count, chart, spare)
+        spent = costs(solver, flow, steps.intervals[: steps.steps - steps.closing], chart)
+        if steps.closing or spare:
+            spent.append(flow.cost(steps.times[-1 - steps.closing]))
+        return (steps, spent), sum(spent)
+
+    if not varies(flow):
+        return lay(estimates(nfe, flow))[0]
+    if nfe is not None and given(grid, flow.path) is None:
+        return afford(nfe, flow, lay)
+    made, cost = lay(None)
+    if nfe not in (None, cost):
+        raise ValueError(
+            f"the budget is {nfe} evaluations, but {solver!r} spends {cost} on the times given; drop nfe= or grid="
+        )
+    return made
+
+
 def costs(solver: Solver, flow: Flow, steps: Sequence[tuple[float, float, int]], chart: Chart | None) -> list[int]:
     """The network evaluations of each step (t, t_next, estimates) of a grid."""
     if not varies(flow):
@@ -246,7 +318,7 @@ def afford(nfe: int | None, flow: Flow, lay: Callable[[int], tuple[T, int]]) -> 
     """Of what can be laid out with so many estimates, the one with the most that a budget pays for.
 
     Args:
-        nfe: the budget, in network evaluations.
+        nfe: the budget, in network evaluations, and the most estimates that are tried.
         flow: what says how much an estimate costs at least and at most.
         lay: from a number of estimates, what is laid out with them and its cost.
 

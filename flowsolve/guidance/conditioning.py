@@ -11,25 +11,38 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from flowsolve._batch import take
 
-__all__ = ["join", "own", "replaced", "select"]
+__all__ = ["RESERVED", "join", "own", "replaced", "select"]
+
+RESERVED = ("unconditional", "classifier", "measurement")
+"""Keywords of `cond` that are for guided flows and reach no network."""
 
 
 def own(cond: Any, count: int) -> Any:
     """For each leaf of a tree whether it is a tensor with one row for each of so many samples."""
-    return tree_map(lambda v: isinstance(v, Tensor) and v.ndim > 0 and v.shape[0] == count, cond)
+    leaves, spec = _apart(cond)
+    return _together([isinstance(v, Tensor) and v.ndim > 0 and v.shape[0] == count for v in leaves], spec)
+
+
+def _apart(value: Any) -> tuple[list[Any], Any]:
+    """The leaves of a tree, and how it is put together; None for a leaf, which is most of what there is."""
+    return tree_flatten(value) if isinstance(value, dict | list | tuple) else ([value], None)
+
+
+def _together(leaves: list[Any], spec: Any) -> Any:
+    return leaves[0] if spec is None else tree_unflatten(leaves, spec)
 
 
 def select(cond: Any, marks: Any, index: Any) -> Any:
     """The conditioning of some samples, by position; None for all of them."""
     if index is None:
         return cond
-    leaves, spec = tree_flatten(cond)
-    flags, _ = tree_flatten(marks)
-    return tree_unflatten([take(v, index) if mine else v for v, mine in zip(leaves, flags, strict=True)], spec)
+    leaves, spec = _apart(cond)
+    flags, _ = _apart(marks)
+    return _together([take(v, index) if mine else v for v, mine in zip(leaves, flags, strict=True)], spec)
 
 
 def replaced(
@@ -51,13 +64,13 @@ def replaced(
     for name, value in other.items():
         mine = own(value, -1) if other_marks is None else other_marks[name]
         if name in cond:
-            leaves, spec = tree_flatten(value)
-            before, old = tree_flatten(cond[name])
+            leaves, spec = _apart(value)
+            before, old = _apart(cond[name])
             if spec == old:
-                given, had = tree_flatten(mine)[0], tree_flatten(marks[name])[0]
+                given, had = _apart(mine)[0], _apart(marks[name])[0]
                 pairs = [_rows(name, *v, count) for v in zip(before, leaves, had, given, strict=True)]
-                value = tree_unflatten([v for v, _ in pairs], spec)
-                mine = tree_unflatten([m for _, m in pairs], spec)
+                value = _together([v for v, _ in pairs], spec)
+                mine = _together([m for _, m in pairs], spec)
         made[name], flags[name] = value, mine
     return made, flags
 
@@ -96,14 +109,14 @@ def join(
         if name not in first or name not in second:
             where, lacks = ("cond", first) if name not in first else ("unconditional", second)
             raise ValueError(f"{where} has no {name!r} (it has {', '.join(lacks) or 'nothing'}); {MEND}")
-        a, spec = tree_flatten(first[name])
-        b, other = tree_flatten(second[name])
+        a, spec = _apart(first[name])
+        b, other = _apart(second[name])
         if spec != other:
             raise ValueError(f"{name!r} has another structure in unconditional than in cond; {MEND}")
-        mine, its = tree_flatten(marks[name])[0], tree_flatten(other_marks[name])[0]
+        mine, its = _apart(marks[name])[0], _apart(other_marks[name])[0]
         pairs = [_joined(name, *v, count, more) for v in zip(a, b, mine, its, strict=True)]
-        made[name] = tree_unflatten([v for v, _ in pairs], spec)
-        flags[name] = tree_unflatten([m for _, m in pairs], spec)
+        made[name] = _together([v for v, _ in pairs], spec)
+        flags[name] = _together([m for _, m in pairs], spec)
     return made, flags
 
 

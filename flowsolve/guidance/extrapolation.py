@@ -13,13 +13,13 @@ from torch import Tensor
 from flowsolve._batch import MARK, per_sample, send, state_dtype, take
 from flowsolve.flow import Flow
 from flowsolve.guidance.base import STRAIGHT, Guided, Interval, Schedule, host, straight
-from flowsolve.guidance.conditioning import join, own, replaced, select
+from flowsolve.guidance.conditioning import RESERVED, join, own, replaced, select
 from flowsolve.guidance.rules import Rule, ZeroStar, rescaled
 from flowsolve.predictions import PREDICTIONS, Prediction
 
 __all__ = ["Autoguidance", "ClassifierFree"]
 
-UNCONDITIONAL = "unconditional"
+UNCONDITIONAL = RESERVED[0]
 NEAR = 1e-7  # of α/(α+σ): ends of two paths that are no further apart are the same, for a state in float32
 
 
@@ -327,6 +327,8 @@ class Autoguidance(_Extrapolation):
         strong = self._strong(x, t, clock, cond, marks)
         if index is not None:
             x, t, cond = take(x, index), take(t, index) if _many(t) else t, select(cond, marks, index)
+        if not isinstance(self.weak, Guided):
+            cond = {name: value for name, value in cond.items() if name not in RESERVED}
         when = self._time(t)
         there = self.weak.path.at(when)
         if not self.same:

@@ -131,8 +131,8 @@ class _Gradient(Guided):
                 )
         output = output if recording else output.detach()
         weights = torch.from_numpy(weights) if isinstance(weights, np.ndarray) else weights
-        size = -weights * point.sigma
-        return moved(output, point, NOISE, per_sample(size, output) * slope.to(output.dtype))
+        change = per_sample(weights, output) * per_sample(point.sigma, output) * slope.to(output.dtype)
+        return moved(output, point, NOISE, -change)
 
     def _value(
         self,

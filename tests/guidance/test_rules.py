@@ -156,8 +156,9 @@ def test_apg_and_zero_star_are_diffusers_own_where_theirs_act_on_the_same() -> N
 
 
 @pytest.mark.parametrize(
-    "options", [{"rule": APG(norm_threshold=1.0)}, {"rule": ZeroStar()}, {"rescale": 0.7}, {"rescale": 1.0, "rule": APG()}]
-)  # fmt: skip
+    "options",
+    [{"rule": APG(norm_threshold=1.0)}, {"rule": ZeroStar()}, {"rescale": 0.7}, {"rescale": 1.0, "rule": APG()}],
+)
 def test_rules_leave_scale_one_alone_and_are_per_sample_at_the_clean_end_too(options: dict[str, Any]) -> None:
     flow, x, *_ = pair(CondOT(), "velocity", 0.5)
     y = torch.ones(4)
