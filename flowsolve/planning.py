@@ -31,7 +31,7 @@ from flowsolve.flow import Flow
 from flowsolve.grids import At, Grid, Spacing, Timesteps
 from flowsolve.noise import Noise
 from flowsolve.paths import Path
-from flowsolve.solvers.base import Query, Solver, State, run
+from flowsolve.solvers.base import EstimateSolver, Query, Solver, State, run
 
 __all__ = [
     "afford",
@@ -307,11 +307,14 @@ def costs(solver: Solver, flow: Flow, steps: Sequence[tuple[float, float, int]],
         total += flow.cost(query.t)
         return flow.read(query.x, torch.zeros_like(query.x), query.point or flow.path.at(query.t))
 
-    for interval in steps:
+    tried = len(steps)
+    if isinstance(solver, EstimateSolver):  # a step of one estimate asks where it starts
+        tried = max((i + 1 for i, (_, _, n) in enumerate(steps) if n > 1), default=0)
+    for interval in steps[:tried]:
         before = total
         state = run(step(state, *interval), nothing)
         spent.append(total - before)
-    return spent
+    return spent + [flow.cost(t) for t, _, _ in steps[tried:]]
 
 
 def afford(nfe: int | None, flow: Flow, lay: Callable[[int], tuple[T, int]]) -> T:
