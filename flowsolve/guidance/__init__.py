@@ -31,8 +31,9 @@ sample may cost (`flowsolve.planning`).
 not the velocity of a family of noised data. `Flow.caveats` says so.
 """
 
-from flowsolve.guidance.base import Guided, Interval, Schedule
-from flowsolve.guidance.extrapolation import Autoguidance, ClassifierFree
+from flowsolve.guidance.autoguidance import Autoguidance
+from flowsolve.guidance.base import Guided, Interval
+from flowsolve.guidance.classifier_free import ClassifierFree
 from flowsolve.guidance.gradient import Classifier, Posterior
 from flowsolve.guidance.rules import APG, ZeroStar
 from flowsolve.guidance.transforms import Clip, Threshold, Transformed
@@ -46,7 +47,6 @@ __all__ = [
     "Guided",
     "Interval",
     "Posterior",
-    "Schedule",
     "Threshold",
     "Transformed",
     "ZeroStar",

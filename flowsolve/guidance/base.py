@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -106,7 +107,7 @@ class Schedule:
             TypeError, ValueError: a scale that is no finite number and no function, or no interval.
         """
         if not callable(scale):
-            if isinstance(scale, bool) or not isinstance(scale, int | float):
+            if isinstance(scale, bool) or not isinstance(scale, Real):
                 raise TypeError(f"scale is a {type(scale).__name__}; expected a number, or a function of the log-SNR")
             if not math.isfinite(scale):
                 raise ValueError(f"scale = {scale!r}; expected a finite number")

@@ -1,9 +1,9 @@
-"""Guidance by extrapolation from a weaker estimate to a better one: classifier-free, and by another flow."""
+"""Extrapolation from a weaker estimate to a better one: what classifier-free guidance and auto-guidance share."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,18 +12,15 @@ from torch import Tensor
 
 from flowsolve._batch import MARK, per_sample, send, state_dtype, take
 from flowsolve.flow import Flow
-from flowsolve.guidance.base import STRAIGHT, Guided, Interval, Schedule, host, straight
-from flowsolve.guidance.conditioning import RESERVED, join, own, replaced, select
+from flowsolve.guidance.base import STRAIGHT, Guided, Schedule, host, straight
+from flowsolve.guidance.conditioning import own, select
 from flowsolve.guidance.rules import Rule, ZeroStar, rescaled
 from flowsolve.predictions import PREDICTIONS, Prediction
 
-__all__ = ["Autoguidance", "ClassifierFree"]
-
-UNCONDITIONAL = RESERVED[0]
-NEAR = 1e-7  # of α/(α+σ): ends of two paths that are no further apart are the same, for a state in float32
+__all__ = ["Extrapolation", "many"]
 
 
-class _Extrapolation(Guided):
+class Extrapolation(Guided):
     """u + w (c − u), or a rule in its place: c by the flow itself, u as a subclass says, in `_weak`."""
 
     def __init__(
@@ -50,7 +47,7 @@ class _Extrapolation(Guided):
         self.schedule, self.rule, self.rescale, self.rescale_in = schedule, rule, float(rescale), rescale_in
         self._space = spaces[rescale_in]
         self._zero_until = rule.zero_until if isinstance(rule, ZeroStar) else -math.inf
-        self.linear = rule is None and not rescale
+        self._linear = rule is None and not rescale
         self._timed = not schedule.constant or self._zero_until > -math.inf or extra[0] == 0
         least, most = flow.nfe_range
         if not schedule.constant:
@@ -59,7 +56,7 @@ class _Extrapolation(Guided):
             least, most = least + extra[0], most + extra[1]
         if self._zero_until > flow.path.log_snr(0.0):
             least = 0
-        super().__init__(flow, prediction if self.linear else STRAIGHT, (least, most))
+        super().__init__(flow, prediction if self._linear else STRAIGHT, (least, most))
 
     def _weights(self, t: Any) -> Any:
         """w at a flow time on the host: a float, or float64 of t's shape; 1 where only the flow itself is asked."""
@@ -136,7 +133,7 @@ class _Extrapolation(Guided):
 
     def _combined(self, x: Tensor, t: Any, index: Any, weights: Any, strong: Tensor, weak: Tensor) -> Tensor:
         """The guided output from those of the flow and of the weaker estimate, which are in its row or straight."""
-        if self.linear and self.prediction is self.base.prediction:
+        if self._linear and self.prediction is self.base.prediction:
             part = strong if index is None else take(strong, index)
             return _placed(strong, index, torch.lerp(weak, part, per_sample(weights, part)))
         point = self.path.at(t)
@@ -170,197 +167,6 @@ def _placed(whole: Tensor, index: Any, part: Tensor) -> Tensor:
     return part if index is None else whole.index_copy(0, send(torch.from_numpy(index), whole), part)
 
 
-class ClassifierFree(_Extrapolation):
-    r"""Classifier-free guidance (Ho & Salimans 2022): u + w (c − u), c with the conditioning, u without.
-
-    Args:
-        flow: the flow of a network that is trained with its conditioning dropped at times.
-        scale: w, a number or a function of the log-SNR λ. 1 is the conditional flow, 0 the unconditional one. (The
-            authors' own scale is w − 1; diffusers' `guidance_scale` is w.)
-        unconditional: the network's keyword arguments that say that nothing is given, in place of those of `cond`:
-            numbers, or tensors of shape (1, *S) or (*S), shared by all samples. Rows of their own, such as a negative
-            prompt for each sample, go into the solve: cond={…, "unconditional": {…}}.
-        interval: log-SNRs (low, high) within which the flow is guided, or an `Interval`, such as
-            Interval.sigma(0.3, 3.0); outside only the conditional network runs (Kynkäänniemi et al. 2024).
-        rule: None for the formula above, `APG(…)`, `ZeroStar(…)`, or a function with their arguments.
-        rescale: share φ of the way back to the conditional estimate's spread (Lin et al. 2024); 0 for none.
-        rescale_in: where: a prediction's name, or "output" for the network's own.
-        batched: both estimates by one call of the network with the guided samples twice (tensors with a row a sample
-            are joined, others passed once), or False for two calls, one after the other. NFE counts 2 either way.
-
-    Raises:
-        ValueError, TypeError: settings as above; in a solve, conditionings that one call cannot take for both.
-
-    Examples:
-        >>> labelled = lambda x, t, y: (torch.tensor([0.0, 1.0, -1.0])[y][:, None] - x) / (1.0 - 0.5 * t[:, None])
-        >>> flow = fs.guidance.ClassifierFree(
-        ...     fs.Flow(labelled, fs.paths.CondOT()), scale=3.0, unconditional={"y": 0}, interval=(-2.0, 2.0)
-        ... )
-        >>> sol = fs.sample(flow, (2, 1), solver=fs.solvers.Heun(), nfe=20, cond={"y": torch.tensor([1, 2])})
-        >>> sol.nfe  # 2 for an estimate within the interval, 1 outside, and one more would cost 21
-        tensor([19, 19])
-    """
-
-    def __init__(
-        self,
-        flow: Flow,
-        scale: float | Callable[[float], float],
-        *,
-        unconditional: Mapping[str, Any] | None = None,
-        interval: tuple[float, float] | Interval | None = None,
-        rule: Rule | None = None,
-        rescale: float = 0.0,
-        rescale_in: str = "data",
-        batched: bool = True,
-    ) -> None:
-        if not isinstance(flow, Flow):
-            raise TypeError(f"flow is a {type(flow).__name__}; expected a flowsolve.Flow")
-        if unconditional is not None and not isinstance(unconditional, Mapping):
-            raise TypeError(
-                f"unconditional is a {type(unconditional).__name__}; expected a mapping of the network's keyword "
-                'arguments, such as {"y": 1000}'
-            )
-        self.unconditional, self.batched = dict(unconditional or {}), batched
-        schedule = Schedule.of(scale, interval, off=1.0)
-        super().__init__(flow, schedule, flow.prediction, flow.nfe_range, rule, rescale, rescale_in)
-
-    def _extra(self, t: Any) -> Any:
-        return self.base.cost(t)
-
-    def _strong(self, x: Tensor, t: Any, clock: Any, cond: dict[str, Any], marks: Any) -> Tensor:
-        cond, marks = ({k: v for k, v in tree.items() if k != UNCONDITIONAL} for tree in (cond, marks))
-        return super()._strong(x, t, clock, cond, marks)
-
-    def _weak(
-        self, x: Tensor, t: Any, index: Any, clock: Any, cond: dict[str, Any], marks: Any
-    ) -> tuple[Tensor, Tensor]:
-        cond, marks = dict(cond), dict(marks)
-        given, its = cond.pop(UNCONDITIONAL, {}), marks.pop(UNCONDITIONAL, {})
-        if not given and not self.unconditional:
-            raise ValueError(
-                "classifier-free guidance needs the arguments that say that nothing is given: "
-                'ClassifierFree(flow, scale, unconditional={"y": …}), or cond={…, "unconditional": {…}} in the solve'
-            )
-        count = len(x)
-        shared = {name: value for name, value in self.unconditional.items() if name not in given}
-        null, flags = replaced(cond, marks, shared, None, count)
-        null, flags = replaced(null, flags, given, its, count)
-        null = select(null, flags, index)
-        here, when = (x, t) if index is None else (take(x, index), take(t, index) if _many(t) else t)
-        if not self.batched:
-            strong = self.base.call(x, t, clock=clock, **cond, **{MARK: marks})
-            return strong, self.base.call(here, when, clock=clock, **null, **{MARK: flags})
-        both, own_rows = join(cond, marks, count, null, flags, len(here))
-        times = torch.cat((t, when)) if _many(t) else t
-        output = self.base.call(torch.cat((x, here)), times, clock=clock, **both, **{MARK: own_rows})
-        return output[:count], output[count:]
-
-    def __repr__(self) -> str:
-        calls = "" if self.batched else ", batched=False"
-        return f"ClassifierFree({self.base!r}, {self._settings()}{calls})"
-
-
-class Autoguidance(_Extrapolation):
-    r"""Guidance by a weaker version of the model itself (Karras et al. 2024): u + w (c − u), u by a second flow.
-
-    The two flows may differ in prediction and in path. They are asked at the same log-SNR: there the state of one path
-    is that of the other times a number, and both estimate the same z and ε. Where the weaker path knows no such noise
-    level, the flow is not guided.
-
-    Args:
-        flow: the flow.
-        weak: a weaker one of the same data: smaller, or less trained. It is given the same conditioning.
-        scale: w, a number or a function of the log-SNR λ; 1 is the flow itself.
-        interval, rule, rescale, rescale_in: as for `ClassifierFree`.
-
-    Raises:
-        ValueError, TypeError: settings as above.
-    """
-
-    def __init__(
-        self,
-        flow: Flow,
-        weak: Flow,
-        scale: float | Callable[[float], float],
-        *,
-        interval: tuple[float, float] | Interval | None = None,
-        rule: Rule | None = None,
-        rescale: float = 0.0,
-        rescale_in: str = "data",
-    ) -> None:
-        for name, given in (("flow", flow), ("weak", weak)):
-            if not isinstance(given, Flow):
-                raise TypeError(f"{name} is a {type(given).__name__}; expected a flowsolve.Flow")
-        self.weak = weak
-        self.same = weak.path == flow.path
-        low, high = (_share(weak.path, t) for t in weak.path.window)
-        first, last = (_share(flow.path, t) for t in flow.path.window)
-        self._range = (low - NEAR, high + NEAR)
-        self._whole = self.same or (self._range[0] <= first and last <= self._range[1])
-        least, most = weak.nfe_range
-        schedule = Schedule.of(scale, interval, off=1.0)
-        super().__init__(flow, schedule, STRAIGHT, (least if self._whole else 0, most), rule, rescale, rescale_in)
-
-    def _weights(self, t: Any) -> Any:
-        weights = self.schedule.weight(self.path, t)
-        if self._whole:
-            return weights
-        share = _share(self.path, t)
-        known = (share >= self._range[0]) & (share <= self._range[1])
-        if isinstance(known, Tensor):
-            return weights if bool(known.all()) else np.where(known.numpy(), weights, 1.0)
-        return weights if known else 1.0
-
-    def _time(self, t: Any) -> Any:
-        """The weaker flow's time of a flow time."""
-        if self.same:
-            return t
-        when, edge = self.weak.path.time(self.path.log_snr(t)), self.weak.path.window[1]
-        return when.clamp_max(edge) if isinstance(when, Tensor) else min(when, edge)
-
-    def _extra(self, t: Any) -> Any:
-        return self.weak.cost(self._time(t))
-
-    def _weak(
-        self, x: Tensor, t: Any, index: Any, clock: Any, cond: dict[str, Any], marks: Any
-    ) -> tuple[Tensor, Tensor]:
-        strong = self._strong(x, t, clock, cond, marks)
-        if index is not None:
-            x, t, cond = take(x, index), take(t, index) if _many(t) else t, select(cond, marks, index)
-        if not isinstance(self.weak, Guided):
-            cond = {name: value for name, value in cond.items() if name not in RESERVED}
-        when = self._time(t)
-        there = self.weak.path.at(when)
-        if not self.same:
-            here = self.path.at(t)
-            x = per_sample((there.alpha + there.sigma) / (here.alpha + here.sigma), x) * x
-        output = self.weak.call(x, when, **cond, **{MARK: marks})
-        return strong, straight(self.weak, x, output, there)
-
-    def _straight(self, weak: Tensor, x: Tensor, point: Any) -> Tensor:
-        return weak
-
-    @property
-    def nets(self) -> tuple[Any, ...]:
-        """Every callable that an estimate may call."""
-        return (*self.base.nets, *self.weak.nets)
-
-    def require(self, t: float, what: str = "the grid") -> None:
-        """Raise SingularEstimate unless both estimates exist at flow time t."""
-        super().require(t, what)
-        if self._weights(t) != 1.0 and not self._still(t):
-            self.weak.require(self._time(t), f"guidance, through {what},")
-
-    def __repr__(self) -> str:
-        return f"Autoguidance({self.base!r}, {self.weak!r}, {self._settings()})"
-
-
-def _share(path: Any, t: Any) -> Any:
-    """α/(α+σ), the clock of the straight chart."""
-    point = path.at(t)
-    return point.alpha / (point.alpha + point.sigma)
-
-
-def _many(t: Any) -> bool:
+def many(t: Any) -> bool:
     """Whether there is a time for each sample."""
     return isinstance(t, Tensor) and t.ndim > 0

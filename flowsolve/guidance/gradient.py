@@ -104,7 +104,7 @@ class _Gradient(Guided):
         self, x: Tensor, t: Any, weights: Any, clock: Any, cond: dict[str, Any], marks: Any, given: Any
     ) -> Tensor:
         point = self.path.at(t)
-        if not isinstance(point.alpha, Tensor) and point.alpha == 0.0:
+        if _is_zero(point.alpha):
             raise SingularEstimate(_at_noise("t", t, self))
         if torch.is_inference_mode_enabled():
             raise RuntimeError(
@@ -259,9 +259,17 @@ class Posterior(_Gradient):
         return straight(self.base, here, found.output, point), self.log_prob(found.data, **given)
 
 
+def _is_zero(alpha: Any) -> bool:
+    """Whether any of it is 0; a tensor on a device is not read (where it is 0 there is no guidance)."""
+    if isinstance(alpha, Tensor):
+        return alpha.is_cpu and bool((alpha == 0.0).any())
+    return bool(alpha == 0.0)
+
+
 def _at_noise(what: str, t: Any, flow: Guided) -> str:
     low = max(flow.path.log_snr(0.0), -7.0)
+    when = "some t" if isinstance(t, Tensor) else f"t = {t:g}"
     return (
-        f"{what} asks for guidance by a gradient at t = {float(t):g} of {flow.path!r}, where α = 0: the state is all "
+        f"{what} asks for guidance by a gradient at {when} of {flow.path!r}, where α = 0: the state is all "
         f"noise and its gradient says nothing of the data; give the guidance an interval, such as ({low:g}, inf)"
     )
