@@ -191,6 +191,25 @@ def test_streams_and_encodings_count_the_same() -> None:
     assert int(there.nfe[0]) in (29, 30)
 
 
+@pytest.mark.parametrize(
+    ("path", "options"),
+    [
+        (paths.EDM(), {"solver": solvers.DDIM(), "nfe": 15, "grid": "karras", "final": "denoise"}),
+        (Discrete.linear(60), {"solver": solvers.Heun(), "nfe": 15}),
+        (Discrete.linear(60), {"solver": solvers.Bosh3(1e-3, 1e-3)}),
+        (Discrete.linear(60), {"solver": solvers.Bosh3(1e-3, 1e-3), "nfe": 400, "final": "tweedie"}),
+    ],
+    ids=lambda v: repr(v)[:24],
+)
+def test_a_final_estimate_that_is_guided_costs_what_a_guided_one_does(path: Path, options: dict[str, Any]) -> None:
+    flow = guided(path, "noise" if isinstance(path, Discrete) else "data", interval=(1.0, math.inf))
+    sol = fs.sample(flow, (5, 2), cond={"y": Y, "who": WHO}, **options)
+    assert len(flow.base.net.calls[-1][0]) == 10, "the last call is guided"
+    assert sol.nfe.tolist() == flow.base.net.each(5)
+    if not options["solver"].chooses_steps:
+        assert options["nfe"] - 2 <= int(sol.nfe[0]) <= options["nfe"]
+
+
 def test_explicit_times_have_their_price() -> None:
     flow = guided(CondOT())
     times = [0.0, 0.2, 0.5, 0.7, 0.9, 1.0]  # λ = −708, −1.4, 0, 0.8, 2.2
