@@ -39,8 +39,10 @@ def check_flow(flow: Any, cond: Any) -> None:
         )
     if cond is not None and not isinstance(cond, Mapping):
         raise TypeError(f"cond is a {type(cond).__name__}; expected a mapping of the network's keyword arguments")
-    if isinstance(flow.net, nn.Module) and flow.net.training:
-        for name, module in flow.net.named_modules():
+    for net in flow.nets:
+        if not isinstance(net, nn.Module) or not net.training:
+            continue
+        for name, module in net.named_modules():
             if isinstance(module, MODAL) and module.training and getattr(module, "p", 1.0) != 0.0:
                 raise ValueError(
                     f"the network is in training mode, where its layer {name or 'net'!r} ({type(module).__name__}) is "

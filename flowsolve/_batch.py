@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-__all__ = ["Context", "choose", "linear", "per_sample", "rows", "saturating_log", "send", "state_dtype", "take"]
+__all__ = ["MARK", "Context", "choose", "linear", "per_sample", "rows", "saturating_log", "send", "state_dtype", "take"]
 
+MARK = "_per_sample"  # the keyword under which a batch's conditioning says which of its leaves have a row a sample
 TINY = 2.2250738585072014e-308  # the smallest normal float64; log-SNRs saturate at ±log(TINY) = ±708.4
 
 

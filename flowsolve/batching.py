@@ -25,7 +25,7 @@ from flowsolve.likelihood.prior import Prior
 from flowsolve.likelihood.trace import Trace
 from flowsolve.noise import START, Seed
 from flowsolve.passage import Passage
-from flowsolve.planning import estimates
+from flowsolve.planning import at_least
 from flowsolve.solution import Solution
 from flowsolve.solvers import auto
 from flowsolve.solvers.auto import Auto
@@ -69,7 +69,7 @@ def sample(
     total, *event = shape_of(shape)
     check_interval((0.0, interval_end))
     whole = named(noise).for_batch(seed, total)
-    method, grid = auto.resolve(solver, grid, flow.path, estimates(nfe, flow))
+    method, grid = auto.resolve(solver, grid, flow.path, at_least(nfe, flow))
     passage = Passage(
         flow, (0.0, interval_end), solver=method, nfe=nfe, grid=grid, chart=chart, final=final, seed=whole.seed,
         noise=type(whole), shared=cond,
@@ -121,7 +121,7 @@ def encode(
     check_flow(flow, cond)
     interval = interval or (flow.path.window[1], 0.0)
     check_interval(interval)
-    method, grid = auto.resolve(solver, grid, flow.path, estimates(nfe, flow))
+    method, grid = auto.resolve(solver, grid, flow.path, at_least(nfe, flow))
     passage = Passage(flow, interval, solver=method, nfe=nfe, grid=grid, chart=chart, shared=cond)
     return _quiet(stream(passage, numbered(source), batch, progress=progress, total=total))
 

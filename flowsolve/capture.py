@@ -57,6 +57,11 @@ class Static(Protocol):
     estimate: Any
 
     @property
+    def calls(self) -> int:
+        """Evaluations of the solve, the final step with it."""
+        ...
+
+    @property
     def grid(self) -> Sequence[tuple[float, float, int]]:
         """(t, t_next, evaluations) of each step."""
         ...
@@ -168,5 +173,4 @@ def captured(
     final, magnitudes = kept[key](inputs)
     checked = [plan.grid[i][1] for i in sorted(checks(len(plan.grid)))]
     checked += [] if plan.closing is None else [plan.closing.t]
-    calls = sum(n for _, _, n in plan.grid) + (plan.closing is not None)
-    return settle(final, magnitudes, checked, plan.start, calls, len(plan.grid))
+    return settle(final, magnitudes, checked, plan.start, plan.calls, len(plan.grid))

@@ -1,7 +1,7 @@
 r"""The drivers: they run the steps of a solver and answer its queries by a function.
 
-A driver counts every evaluation, notices values that are not finite, keeps a failed sample from disturbing the others,
-and shows progress.
+A driver counts every evaluation, by what the answer cost (`Query.cost`), notices values that are not finite, keeps a
+failed sample from disturbing the others, and shows progress.
 
 * `march` goes through a fixed grid. It reads nothing back from the device before the end: one number a sample and step
   (at most 16 steps of a solve) is set aside there, and tells where a sample stopped being finite.
@@ -37,7 +37,19 @@ from flowsolve.solvers.adaptive import Adaptive, AdaptiveState, Attempt, Status
 from flowsolve.solvers.base import Query, State, Stepper
 from flowsolve.solvers.runge_kutta import Stride, look
 
-__all__ = ["Arrivals", "Ask", "Finished", "checks", "collect", "march", "pursue", "resident", "settle", "stepped"]
+__all__ = [
+    "Arrivals",
+    "Ask",
+    "Finished",
+    "Metered",
+    "checks",
+    "collect",
+    "march",
+    "pursue",
+    "resident",
+    "settle",
+    "stepped",
+]
 
 CHECKS = 16
 Count = NDArray[np.int64]
@@ -133,8 +145,9 @@ def march(
         try:
             query = next(generator)
             while True:
-                made += 1
-                query = generator.send(ask(query, context))
+                answer = ask(query, context)
+                made += query.cost
+                query = generator.send(answer)
         except StopIteration as stop:
             state = stop.value
         calls += made * counting
@@ -203,6 +216,21 @@ class Finished(NamedTuple):
     looks: list[Look]
 
 
+@dataclass(frozen=True)
+class Metered:
+    """A budget of evaluations that do not all cost the same.
+
+    Attributes:
+        limit: the most that a sample may cost.
+        price: what each sample's queries at times (m, B) of the solve's clock will cost, int64 of shape (B,).
+        most: the most that one of them costs.
+    """
+
+    limit: int
+    price: Callable[[NDArray[np.float64]], Count]
+    most: int
+
+
 Arrivals = Callable[[int], tuple[Tensor, Context] | None]
 """Up to n waiting samples, their states and context; None when there are no more."""
 
@@ -254,14 +282,30 @@ class _Pursuit:
     end: float
     ask: Ask
     stops: NDArray[np.float64]
-    budget: int | None
+    budget: int | Metered | None
     watcher: Callable[[Attempt, Context], None] | None
 
     @property
-    def reserve(self) -> int:
-        """The most that one more attempt may cost a sample."""
-        pair = self.solver.pair
-        return self.solver.attempt_nfe + (len(pair.dense) - pair.stages if len(self.stops) else 0)
+    def lookup(self) -> int:
+        """The most queries that looking at the stops within a step may take."""
+        return len(self.solver.pair.dense) - self.solver.pair.stages if len(self.stops) else 0
+
+    @property
+    def least(self) -> int:
+        """A budget that suffices for one step."""
+        queries = self.solver.begin_nfe + self.solver.attempt_nfe + self.lookup
+        return queries * self.budget.most if isinstance(self.budget, Metered) else queries
+
+    def spent(self, state: AdaptiveState) -> NDArray[np.bool_]:
+        """Which samples are under way and cannot afford another attempt."""
+        running, budget = state.status == RUNNING, self.budget
+        if isinstance(budget, Metered):
+            need = budget.price(self.solver.ahead(state, self.end)) + self.lookup * budget.most
+            short: NDArray[np.bool_] = state.nfe + need > budget.limit
+        else:
+            short = state.nfe + self.solver.attempt_nfe + self.lookup > (budget or 0)
+        spent: NDArray[np.bool_] = running & short
+        return spent
 
     def enter(self, y: Tensor, state: AdaptiveState, context: Context, first: int) -> _Round:
         """Newcomers whose first step is chosen, numbered from `first`."""
@@ -291,7 +335,7 @@ class _Pursuit:
             passed = np.searchsorted(sign * self.stops, sign * state.s, side="right")
             state, looks = self.look(batch, attempt, passed)
         if self.budget is not None:
-            spent = (state.status == RUNNING) & (state.nfe + self.reserve > self.budget)
+            spent = self.spent(state)
             state, ended = state.mark(spent, Status.BUDGET), ended or bool(spent.any())
         return _Round(_Batch(state, batch.context, batch.ids, passed), looks, ended)
 
@@ -310,9 +354,9 @@ class _Pursuit:
             inside, at = rows[~exact], stops[~exact]
             theta = (self.stops[at] - stride.s[inside]) / stride.h[inside]
             unique = np.unique(inside)
-            values = _answered(look(stride, inside, theta), batch.context.select(unique), self.ask)
+            values, extra = _answered(look(stride, inside, theta), batch.context.select(unique), self.ask)
             looks.append((at, batch.ids[inside], values))
-            state = state.charge(unique, stride.missing)
+            state = state.charge(unique, stride.missing + extra)
         return state, looks
 
     def segment(self, batch: _Batch, length: int) -> _Round:
@@ -325,7 +369,7 @@ class _Pursuit:
             kept: list[Look] = []
             for i in range(length):
                 errors = tape[i] if i < len(tape) else None
-                attempt = _answered(self.attempt(now.batch, errors), batch.context, self.ask)
+                attempt = _charged(*_answered(self.attempt(now.batch, errors), batch.context, self.ask))
                 if errors is None:
                     tape.append(attempt.error)
                 now = self.settle(now.batch, attempt)
@@ -352,7 +396,7 @@ def pursue(
     *,
     width: int,
     stops: Sequence[float] = (),
-    budget: int | None = None,
+    budget: int | Metered | None = None,
     segments: bool = False,
     watcher: Callable[[Attempt, Context], None] | None = None,
     progress: bool = False,
@@ -373,9 +417,11 @@ def pursue(
         ValueError: a budget that does not suffice for one step.
     """
     pursuit = _Pursuit(solver, start, end, ask, np.asarray(stops, dtype=np.float64), budget, watcher)
-    least = solver.begin_nfe + pursuit.reserve
-    if budget is not None and budget < least:
-        raise ValueError(f"a budget of {budget} evaluations; {type(solver).__name__} needs {least} to take one step")
+    limit = budget.limit if isinstance(budget, Metered) else budget
+    if limit is not None and limit < pursuit.least:
+        raise ValueError(
+            f"a budget of {limit} evaluations; {type(solver).__name__} needs {pursuit.least} to take one step"
+        )
     batch: _Batch | None = None
     entered, finished, spent, length, exhausted = 0, 0, 0, 1, False
     with _bar(progress, total, "sample") as bar:
@@ -388,17 +434,19 @@ def pursue(
             if batch is None:
                 if fresh is None:
                     return
-                begun = _answered(pursuit.beginning(fresh[0]), fresh[1], ask)
+                begun = _begun(*_answered(pursuit.beginning(fresh[0]), fresh[1], ask))
             elif fresh is None:
                 if segments:
                     rounds.append(pursuit.segment(batch, length))
                     length += 1
                 else:
-                    rounds.append(pursuit.settle(batch, _answered(pursuit.attempt(batch), batch.context, ask)))
+                    attempt = _charged(*_answered(pursuit.attempt(batch), batch.context, ask))
+                    rounds.append(pursuit.settle(batch, attempt))
             else:
                 pairs = [(pursuit.attempt(batch), batch.context), (pursuit.beginning(fresh[0]), fresh[1])]
-                attempt, begun = _convoy(pairs, ask)
-                rounds.append(pursuit.settle(batch, attempt))
+                attempted, entering = _convoy(pairs, ask)
+                rounds.append(pursuit.settle(batch, _charged(*attempted)))
+                begun = _begun(*entering)
             if fresh is not None:
                 rounds.append(pursuit.enter(fresh[0], begun, fresh[1], entered))
                 entered += len(fresh[0])
@@ -418,36 +466,59 @@ def pursue(
                 yield Finished(batch.ids[:0], state.y[:0], state.s[:0], state.counts[:, :0], looks)
 
 
-def _answered(generator: Generator[Query, Tensor, Any], context: Context, ask: Ask) -> Any:
-    """The result of a generator whose queries belong to samples with one context."""
-    tree = context.tree
+def _charged(attempt: Attempt, extra: Any) -> Attempt:
+    """An attempt with what its evaluations cost beyond one each."""
+    if isinstance(extra, int):
+        return attempt
+    return attempt._replace(state=attempt.state.charge(np.arange(len(attempt.state)), extra))
+
+
+def _begun(state: AdaptiveState, extra: Any) -> AdaptiveState:
+    """Newcomers with what their evaluations cost beyond one each."""
+    return state if isinstance(extra, int) else state.charge(np.arange(len(state)), extra)
+
+
+def _answered(generator: Generator[Query, Tensor, Any], context: Context, ask: Ask) -> tuple[Any, Any]:
+    """The result of a generator whose queries belong to samples with one context; what they cost beyond one each."""
+    tree, extra = context.tree, 0
     try:
         query = next(generator)
         while True:
-            query = generator.send(ask(query, tree))
+            answer = ask(query, tree)
+            extra = extra + (query.cost - 1)
+            query = generator.send(answer)
     except StopIteration as stop:
-        return stop.value
+        return stop.value, extra
 
 
-def _convoy(parts: Sequence[tuple[Generator[Query, Tensor, Any], Context]], ask: Ask) -> list[Any]:
-    """Run generators side by side, each query of one joined with the query of the others, and return their results."""
+def _convoy(parts: Sequence[tuple[Generator[Query, Tensor, Any], Context]], ask: Ask) -> list[tuple[Any, Any]]:
+    """Run generators side by side, each query of one joined with the query of the others.
+
+    Returns:
+        For each its result, and what its queries cost beyond one each.
+    """
     results: list[Any] = [None] * len(parts)
+    extras: list[Any] = [0] * len(parts)
     waiting = {i: next(generator) for i, (generator, _) in enumerate(parts)}
     while waiting:
         queries, contexts = list(waiting.values()), [parts[i][1] for i in waiting]
         if len(queries) == 1:
-            answers = [ask(queries[0], contexts[0].tree)]
+            answers, costs = [ask(queries[0], contexts[0].tree)], [queries[0].cost]
         else:
             joint = Query(torch.cat([q.x for q in queries]), torch.cat([q.t for q in queries]))
             answer = ask(joint, reduce(Context.joined, contexts).tree)
-            answers = list(answer.split([len(q.x) for q in queries]))
-        for i, answer in zip(list(waiting), answers, strict=True):
+            sizes = [len(q.x) for q in queries]
+            answers = list(answer.split(sizes))
+            same = isinstance(joint.cost, int)
+            costs = [joint.cost] * len(queries) if same else np.split(joint.cost, np.cumsum(sizes)[:-1])
+        for i, answer, cost in zip(list(waiting), answers, costs, strict=True):
+            extras[i] = extras[i] + (cost - 1)
             try:
                 waiting[i] = parts[i][0].send(answer)
             except StopIteration as stop:
                 results[i] = stop.value
                 del waiting[i]
-    return results
+    return list(zip(results, extras, strict=True))
 
 
 def collect(parts: Sequence[Finished], y: Tensor, stops: int) -> tuple[Tensor | None, Solution]:

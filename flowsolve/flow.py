@@ -14,19 +14,20 @@ reaches it in float32 at least (bfloat16 cannot tell step 750 from 752).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flowsolve._batch import send, state_dtype
+from flowsolve._batch import MARK, send, state_dtype
 from flowsolve.checks import CheckReport, check
 from flowsolve.paths import Path, Point
 from flowsolve.predictions import Estimate, Prediction, SingularEstimate, resolve
 from flowsolve.transforms import Latent, Range, Transform
 
-__all__ = ["Flow"]
+__all__ = ["Flow", "network_time"]
 
 
 class Flow:
@@ -95,12 +96,38 @@ class Flow:
         self.transform = transform or Range()
         if data_range is not None:
             self.data_range = data_range
-        self.nfe_per_call = nfe_per_call
+        self.nfe_range = (nfe_per_call, nfe_per_call)
         if self.prediction.singular(path.at(0.5)):
             raise SingularEstimate(
                 f"a {self.prediction.name!r} prediction on {path!r} repeats what x already says, so data and noise "
                 "cannot be told apart; check the row of the prediction"
             )
+
+    @property
+    def nfe_per_call(self) -> int:
+        """Network evaluations that an estimate costs at every time. Raises ValueError where that varies: see `cost`."""
+        least, most = self.nfe_range
+        if least != most:
+            raise ValueError(f"an estimate of {self!r} costs {least} to {most} evaluations; ask flow.cost(t)")
+        return least
+
+    def cost(self, t: Any) -> Any:
+        """Network evaluations that an estimate at flow time t costs: an int, or int64 of t's shape for a tensor."""
+        return np.full(t.shape, self.nfe_per_call) if isinstance(t, Tensor) and t.ndim else self.nfe_per_call
+
+    @property
+    def nets(self) -> tuple[Any, ...]:
+        """Every callable that an estimate may call."""
+        return (self.net,)
+
+    @property
+    def caveats(self) -> tuple[str, ...]:
+        """What a density read from this flow is not; empty for a network's own flow."""
+        return ()
+
+    def conditioned(self, cond: Mapping[str, Any], count: int) -> dict[str, Any]:
+        """A batch's keyword arguments as they will be given with each of its samples; `count` of them."""
+        return dict(cond)
 
     def __repr__(self) -> str:
         return f"Flow({type(self.net).__name__}, {self.path!r}, prediction={self.prediction.name!r})"
@@ -150,14 +177,9 @@ class Flow:
         """The network's output at (x, t), in x's dtype (float32 at least), with t read by the flow's clock."""
         if not x.is_floating_point():
             raise TypeError(f"x has dtype {x.dtype}; expected floating-point numbers (scaled, dequantised data)")
-        native = (clock or self.clock)(t)
         fed = x.to(self.dtype or x.dtype)
-        when = torch.promote_types(fed.dtype, torch.float32)
-        if isinstance(native, Tensor) and native.ndim:
-            time = send(native, x, when)
-        else:
-            time = torch.full((x.shape[0],), float(native), device=x.device, dtype=when)
-        output = self.net(fed, time, **cond)
+        cond.pop(MARK, None)
+        output = self.net(fed, network_time((clock or self.clock)(t), fed), **cond)
         if not isinstance(output, Tensor):
             raise TypeError(
                 f"the network returned a {type(output).__name__}; expected a tensor. Wrap it, for example "
@@ -209,6 +231,14 @@ class Flow:
         The arguments and the result are those of `flowsolve.checks.check`.
         """
         return check(self, data, seed=seed, slack=slack, **cond)
+
+
+def network_time(native: Any, x: Tensor) -> Tensor:
+    """A network's time, a float or of shape (B,), as it is fed beside x: one a sample, float32 at least."""
+    when = state_dtype(x)
+    if isinstance(native, Tensor) and native.ndim:
+        return send(native, x, when)
+    return torch.full((x.shape[0],), float(native), device=x.device, dtype=when)
 
 
 def _singular_message(flow: Flow, what: str, t: float | Tensor) -> str:

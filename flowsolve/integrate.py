@@ -20,7 +20,7 @@ from flowsolve.flow import Flow
 from flowsolve.grids import Final
 from flowsolve.noise import START, Noise, Seed
 from flowsolve.passage import Passage
-from flowsolve.planning import estimates, span
+from flowsolve.planning import at_least, span
 from flowsolve.snapshot import Callback, Snapshot
 from flowsolve.solution import Solution
 from flowsolve.solvers import auto
@@ -65,7 +65,9 @@ def sample(
         shape: shape (B, *S) of the noise to start from; or give `start`.
         solver: a solver of `flowsolve.solvers`, or "auto" for a choice by path and budget (`flowsolve.solvers.Auto`),
             which brings its own grid.
-        nfe: evaluations to spend, exactly, on a fixed grid; the most a sample may spend with an adaptive solver.
+        nfe: evaluations to spend, exactly, on a fixed grid; the most a sample may spend with an adaptive solver. Where
+            an estimate costs more at some times than at others (guidance within an interval), a fixed grid takes as
+            many estimates as that pays for.
         grid: for fixed-grid solvers: "uniform" (the default), "log_snr", "karras", or another spacing of
             `flowsolve.grids`, by name or itself; or explicit flow times, or values in another coordinate, `grids.At`.
         chart: for Runge–Kutta solvers: "straight" (the default), "data", "noise", "trig" or "native".
@@ -120,10 +122,10 @@ def sample(
         )
     check_flow(flow, cond)
     kind = named(noise)
-    method, grid = auto.resolve(solver, grid, flow.path, estimates(nfe, flow))
+    method, grid = auto.resolve(solver, grid, flow.path, at_least(nfe, flow))
     whose = "the interval"
     if interval is None:
-        steps = (estimates(nfe, flow) or 0) - Final.resolve(final).evaluations
+        steps = (at_least(nfe, flow) or 0) - Final.resolve(final).evaluations
         interval, whose = span(grid, flow.path, max(steps, 0)), f"the interval of grid={grid!r}"
     check_interval(interval)
     if resume is not None:
@@ -189,7 +191,7 @@ def encode(
         True
     """
     check_flow(flow, cond)
-    method, grid = auto.resolve(solver, grid, flow.path, estimates(nfe, flow))
+    method, grid = auto.resolve(solver, grid, flow.path, at_least(nfe, flow))
     interval = interval or (flow.path.window[1], 0.0)
     check_interval(interval)
     return integrate(

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from flowsolve import grids
 from flowsolve._arguments import check_gradient, check_solver, state
 from flowsolve._batch import Context, send, state_dtype
-from flowsolve.drivers import Ask, collect, march, pursue, resident
+from flowsolve.drivers import Ask, Metered, collect, march, pursue, resident
 from flowsolve.gradients import Backsolve, parameters_of
 from flowsolve.planning import share, whole
 from flowsolve.solution import Solution
@@ -171,7 +171,7 @@ def trajectory(
     *,
     solver: SlopeSolver,
     intervals: Sequence[tuple[float, float, int]] | None = None,
-    budget: int | None = None,
+    budget: int | Metered | None = None,
     dense: bool = False,
     mode: str = "direct",
     functions: Sequence[Any] = (),
@@ -203,9 +203,18 @@ def trajectory(
         there = torch.full((count,), start, dtype=torch.float64)
         return y.expand(len(wanted), *y.shape), Solution(y, zero, zero, zero, zero, there)
     if isinstance(solver, Foreign):
-        states, nfe, status = solver.trajectory(
-            lambda t, x: ask(Query(x, t), context.tree), y, start, wanted, budget, functions
-        )
+        assert not isinstance(budget, Metered)
+        extra = 0
+
+        def field(t: float, x: Tensor) -> Tensor:
+            nonlocal extra
+            query = Query(x, t)
+            slope: Tensor = ask(query, context.tree)
+            extra += query.cost - 1
+            return slope
+
+        states, nfe, status = solver.trajectory(field, y, start, wanted, budget, functions)
+        nfe = nfe + extra
         zero, there = torch.zeros_like(nfe), torch.where(status == Status.SUCCESS, end, start)
         return states, Solution(states[-1], nfe, status, zero, zero, there)
     if intervals is not None:
@@ -251,7 +260,7 @@ def _adjoint(
     context: Context,
     solver: SlopeSolver,
     intervals: Any,
-    budget: int | None,
+    budget: int | Metered | None,
     dense: bool,
     functions: Sequence[Any],
     progress: bool,

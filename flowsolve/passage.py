@@ -16,17 +16,28 @@ from flowsolve._arguments import check_gradient, check_grid, check_solver, state
 from flowsolve._batch import Context, choose, rows
 from flowsolve.capture import captured, require_cuda
 from flowsolve.charts import Chart
-from flowsolve.drivers import Ask, march, stepped
+from flowsolve.drivers import Ask, Metered, march, stepped
 from flowsolve.flow import Flow
 from flowsolve.grids import Closing, Final
 from flowsolve.noise import Noise
 from flowsolve.ode import trajectory
 from flowsolve.paths import Path
-from flowsolve.planning import estimates, given, plan, within
+from flowsolve.planning import allowance, given, laid, unit, varies, within
 from flowsolve.snapshot import Callback, Snapshot
 from flowsolve.solution import Solution
 from flowsolve.solvers.adaptive import Status
-from flowsolve.solvers.base import ForeignSDE, Query, SlopeSolver, Solver, State, Stepper, inverse, scaled, slope_in
+from flowsolve.solvers.base import (
+    Foreign,
+    ForeignSDE,
+    Query,
+    SlopeSolver,
+    Solver,
+    State,
+    Stepper,
+    inverse,
+    scaled,
+    slope_in,
+)
 from flowsolve.streaming import Chunk
 
 __all__ = ["Passage", "estimator"]
@@ -34,8 +45,11 @@ __all__ = ["Passage", "estimator"]
 
 def estimator(flow: Flow) -> Ask:
     """The function that answers a query for the estimate at (x, t), by one call of the network."""
+    counted = varies(flow)
 
     def answer(query: Query, context: Any) -> Any:
+        if counted:
+            query.cost = flow.cost(query.t)
         if query.point is None:
             return flow.estimate(query.x, query.t, **context["cond"])
         return flow.read(query.x, flow.call(query.x, query.t, **context["cond"]), query.point)
@@ -88,12 +102,17 @@ class Passage:
         self.chart = None if chart is None else charts.resolve(chart)
         self.estimate: Any = estimator(flow)
         path, (start, end) = flow.path, interval
-        budget = estimates(nfe, flow)
+        if isinstance(solver, Foreign | ForeignSDE) and varies(flow) and nfe is not None:
+            raise ValueError(
+                f"nfe = {nfe} with {solver!r}, whose loop does not say beforehand when it will ask, on a flow whose "
+                "estimates cost more at some times than at others; drop nfe=, or use a solver of flowsolve's own"
+            )
         if grid is not None and not solver.chooses_steps:
             grid = grids.resolve(grid)
         policy = Final.resolve(final)
         last, closing = policy.stop(path, interval, given(grid, path)), policy.closing(path, end)
         self.grid: Sequence[tuple[float, float, int]] = ()
+        self.costs: Sequence[int] = ()
         if solver.chooses_steps:
             check_grid(grid, solver)
             if start <= path.window[1] < last:
@@ -104,13 +123,12 @@ class Passage:
                     flow.require(t, "the interval")
             if isinstance(solver, ForeignSDE):
                 solver.check(flow, self.chart, start, last)
-            if budget == 1 and closing is not None:
-                raise ValueError("nfe = 1; expected at least 2: one of them for the final step")
-            self.budget = None if budget is None else budget - (closing is not None)
+            self.ruler = self._ruler(solver)
+            self.budget = allowance(nfe, flow, self.ruler, last if closing is not None else None)
         else:
-            spare = int(closing is not None)
-            steps = plan(solver, flow, (start, last), grid, budget, self.chart, spare)
-            self.grid, self.budget = tuple(steps.intervals), None
+            self.budget = None
+            steps, self.costs = laid(solver, flow, (start, last), grid, nfe, self.chart, int(closing is not None))
+            self.grid = tuple(steps.intervals)
             if steps.closing:
                 self.grid, last, closing = self.grid[:-1], steps.times[-2], to_the_end(path, last)
             elif closing is not None:
@@ -136,18 +154,27 @@ class Passage:
             )
         self.stops = [] if t_eval is None else self._stops(t_eval)
         if self.charted:
-            assert isinstance(solver, SlopeSolver)
-            self.ruler = self.chart or charts.CHARTS[solver.ruler]
+            self.ruler = self._ruler(solver)
             for t in (start, last):
                 self.ruler.require(path, t)
+
+    def _ruler(self, solver: Solver) -> Chart:
+        """The chart that an ODE is solved in."""
+        return self.chart or charts.CHARTS[solver.ruler if isinstance(solver, SlopeSolver) else "straight"]
+
+    @property
+    def calls(self) -> int:
+        """What a solve on the grid costs, the final step with it: estimates where they all cost the same."""
+        return sum(self.costs) // unit(self.flow)
 
     def enter(self, chunk: Chunk) -> tuple[Tensor, Context]:
         """States in the coordinates of the solve, and their conditioning."""
         x = state(chunk.x)
-        context = Context({"cond": {**self.shared, **chunk.cond}, "samples": chunk.samples}, len(x))
+        cond = self.flow.conditioned({**self.shared, **chunk.cond}, len(x))
+        context = Context({"cond": cond, "samples": chunk.samples}, len(x))
         return (scaled(inverse(self.ruler.scale(self.flow.path.at(self.start))), x) if self.charted else x), context
 
-    def ode(self) -> tuple[float, float, Ask, int | None]:
+    def ode(self) -> tuple[float, float, Ask, int | Metered | None]:
         """The flow as an ODE in the chart: start, end, right-hand side and budget."""
         path, ruler = self.flow.path, self.ruler
         ask = slope_in(ruler, path, self.estimate)
@@ -166,7 +193,7 @@ class Passage:
             stops = [self.ruler.clock(path, t) for t in self.stops]
             states, solution = trajectory(
                 y, start, stops if stops and stops[-1] == end else [*stops, end], ask, context, solver=self.solver,
-                intervals=clock, budget=budget, mode=mode, functions=[self.flow.net], progress=progress,
+                intervals=clock, budget=budget, mode=mode, functions=self.flow.nets, progress=progress,
                 dense=bool(stops),
             )  # fmt: skip
             if not stops:
@@ -175,6 +202,7 @@ class Passage:
             return self._seen(solution, [scaled(c, y) for c, y in zip(scales, states, strict=False)])
         noise = self.noise(self.seed, context.tree["samples"])
         if isinstance(self.solver, ForeignSDE):
+            assert not isinstance(self.budget, Metered)
             x, nfe, status = self.solver.diffuse(
                 lambda query: self.estimate(query, context.tree), path, y, self.start, self.last, self.budget, noise
             )
@@ -186,7 +214,7 @@ class Passage:
         begin, made, spent = State(y, noise), 0, 0
         if self.resume is not None:
             begin = replace(begin, past=self.resume.past, origin=self.resume.origin)
-            made, spent = self.resume.step, self.resume.nfe // self.flow.nfe_per_call
+            made, spent = self.resume.step, self.resume.nfe // unit(self.flow)
         left = self.grid[made:]
 
         seen = {self.start: y}
@@ -196,7 +224,7 @@ class Passage:
                 seen[left[i][1]] = state.x
             if self.callback is None:
                 return
-            nfe = (spent + sum(n for _, _, n in left[: i + 1])) * self.flow.nfe_per_call
+            nfe = spent * unit(self.flow) + sum(self.costs[made : made + i + 1])
             self.callback(
                 Snapshot(
                     made + i + 1, len(self.grid), left[i][1], nfe, state.x, state.past, state.origin,
@@ -275,19 +303,20 @@ class Passage:
             solution = replace(solution, x=scaled(self.ruler.scale(path.at(reached)), solution.x), t=reached)
         if self.closing is not None and not self.capture:
             solution = self._closed(solution, context, self.closing)
-        return replace(solution, nfe=solution.nfe * self.flow.nfe_per_call)
+        return replace(solution, nfe=solution.nfe * unit(self.flow))
 
     def _closed(self, solution: Solution, context: Context, closing: Closing) -> Solution:
         """Take the samples that arrived where the solver stops to the end, with the estimate there."""
         end, data, noise = closing
         if not len(solution.x):
             return replace(solution, t=torch.full_like(solution.t, end))
-        closed = self.estimate(Query(solution.x, self.last), context.tree).combine(data, noise)
+        query = Query(solution.x, self.last)
+        closed = self.estimate(query, context.tree).combine(data, noise)
         finite = torch.isfinite(rows(closed.detach())).all(1).cpu()
         return replace(
             solution,
             x=choose(solution.ok, closed, solution.x),
             t=torch.where(solution.ok, end, solution.t),
             status=torch.where(solution.ok & ~finite, int(Status.NONFINITE), solution.status),
-            nfe=solution.nfe + 1,
+            nfe=solution.nfe + query.cost,
         )

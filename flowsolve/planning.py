@@ -6,23 +6,51 @@ the evaluations: the spacing lays out N steps, and a step that costs m of them s
 Where a path ends beyond the times its network knows (`Path.window`: a discrete table's clean end), a grid with nodes or
 stages there goes to the window's edge instead, and one step x' = α' ẑ + σ' ε̂ with the estimate at the edge closes the
 gap. A final policy (`grids.Final`) ends the grid earlier, and keeps back the estimate that it asks for.
+
+A budget counts network evaluations. Where every estimate costs the same number of them, it buys a number of estimates.
+Where the cost depends on time (`Flow.cost`: guidance within an interval of noise levels), what a grid costs is known
+when it is laid out: its steps are made once, without a network, to see when they ask (`costs`), and of the grids that
+the budget pays for, the one with the most estimates is taken (`afford`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from operator import index
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from flowsolve import grids
 from flowsolve.charts import Chart
+from flowsolve.drivers import Metered
 from flowsolve.flow import Flow
 from flowsolve.grids import At, Grid, Spacing, Timesteps
+from flowsolve.noise import Noise
 from flowsolve.paths import Path
-from flowsolve.solvers.base import Solver
+from flowsolve.solvers.base import EstimateSolver, Query, Solver, State, run
 
-__all__ = ["estimates", "given", "plan", "share", "span", "whole", "within"]
+__all__ = [
+    "afford",
+    "allowance",
+    "at_least",
+    "costs",
+    "estimates",
+    "given",
+    "laid",
+    "plan",
+    "share",
+    "span",
+    "unit",
+    "varies",
+    "whole",
+    "within",
+]
+
+T = TypeVar("T")
 
 
 def plan(
@@ -162,10 +190,159 @@ def whole(nfe: int | None) -> int | None:
 
 
 def estimates(nfe: int | None, flow: Flow) -> int | None:
-    """The estimates that a budget of network evaluations buys."""
+    """The estimates that a budget of network evaluations buys, each of which costs the same.
+
+    Raises:
+        ValueError: a budget that is no whole number of them, or a flow whose cost depends on time.
+    """
     nfe = whole(nfe)
+    if varies(flow):
+        raise ValueError(
+            f"the evaluations that an estimate costs depend on time here ({flow!r}), which this solve does not count; "
+            "drop the interval of the guidance, or its scale's dependence on time"
+        )
     if nfe is None:
         return None
     if nfe % flow.nfe_per_call:
         raise ValueError(f"nfe = {nfe} is not a multiple of the {flow.nfe_per_call} evaluations an estimate costs here")
     return nfe // flow.nfe_per_call
+
+
+def varies(flow: Flow) -> bool:
+    """Whether the evaluations that an estimate costs depend on time."""
+    return flow.nfe_range[0] != flow.nfe_range[1]
+
+
+def unit(flow: Flow) -> int:
+    """Network evaluations for each that a driver counts: it counts estimates where all cost the same."""
+    return 1 if varies(flow) else flow.nfe_per_call
+
+
+def at_least(nfe: int | None, flow: Flow) -> int | None:
+    """The estimates that a budget of network evaluations buys wherever they are."""
+    if not varies(flow):
+        return estimates(nfe, flow)
+    nfe = whole(nfe)
+    return None if nfe is None else nfe // flow.nfe_range[1]
+
+
+def allowance(nfe: int | None, flow: Flow, ruler: Chart, last: float | None = None) -> int | Metered | None:
+    """What a sample may spend in an adaptive solve in a chart, in estimates where they all cost the same.
+
+    Args:
+        nfe: the most network evaluations.
+        flow: the flow.
+        ruler: the chart.
+        last: where an estimate is asked for after the steps, which is one of them.
+
+    Raises:
+        ValueError: nothing is left for the steps.
+    """
+    budget = whole(nfe)
+    if budget is None:
+        return None
+    kept = 0 if last is None else flow.cost(last)
+    if budget <= kept:
+        count = "one" if kept == 1 else kept
+        raise ValueError(
+            f"nfe = {nfe}; expected at least {kept + max(1, flow.nfe_range[0])}: {count} of them for the final step"
+        )
+    if not varies(flow):
+        return (estimates(nfe, flow) or 0) - (last is not None)
+
+    def price(times: NDArray[np.float64]) -> NDArray[np.int64]:
+        total: NDArray[np.int64] = flow.cost(torch.as_tensor(ruler.time(flow.path, torch.from_numpy(times)))).sum(0)
+        return total
+
+    return Metered(budget - kept, price, flow.nfe_range[1])
+
+
+def laid(
+    solver: Solver,
+    flow: Flow,
+    interval: tuple[float, float],
+    grid: Any,
+    nfe: int | None,
+    chart: Chart | None,
+    spare: int = 0,
+) -> tuple[Grid, list[int]]:
+    """The grid that a budget of network evaluations pays for, and what each of its steps costs of them.
+
+    What comes after the steps proper, `spare` estimates or the closing one, is the last of the costs.
+
+    Raises:
+        ValueError: as `plan`; a budget that explicit times contradict.
+    """
+
+    def lay(count: int | None) -> tuple[tuple[Grid, list[int]], int]:
+        steps = plan(solver, flow, interval, grid, count, chart, spare)
+        spent = costs(solver, flow, steps.intervals[: steps.steps - steps.closing], chart)
+        if steps.closing or spare:
+            spent.append(flow.cost(steps.times[-1 - steps.closing]))
+        return (steps, spent), sum(spent)
+
+    if not varies(flow):
+        return lay(estimates(nfe, flow))[0]
+    if nfe is not None and given(grid, flow.path) is None:
+        return afford(nfe, flow, lay)
+    made, cost = lay(None)
+    if nfe not in (None, cost):
+        raise ValueError(
+            f"the budget is {nfe} evaluations, but {solver!r} spends {cost} on the times given; drop nfe= or grid="
+        )
+    return made
+
+
+def costs(solver: Solver, flow: Flow, steps: Sequence[tuple[float, float, int]], chart: Chart | None) -> list[int]:
+    """The network evaluations of each step (t, t_next, estimates) of a grid."""
+    if not varies(flow):
+        return [n * flow.nfe_per_call for _, _, n in steps]
+    step, spent = solver.on(flow.path, chart, steps), []
+    state = State(torch.zeros(1, 1, dtype=torch.float64), Noise.for_batch(0, 1))
+    total = 0
+
+    def nothing(query: Query) -> Any:
+        """An estimate of a network that returns 0."""
+        nonlocal total
+        total += flow.cost(query.t)
+        return flow.read(query.x, torch.zeros_like(query.x), query.point or flow.path.at(query.t))
+
+    tried = len(steps)
+    if isinstance(solver, EstimateSolver):  # a step of one estimate asks where it starts
+        tried = max((i + 1 for i, (_, _, n) in enumerate(steps) if n > 1), default=0)
+    for interval in steps[:tried]:
+        before = total
+        state = run(step(state, *interval), nothing)
+        spent.append(total - before)
+    return spent + [flow.cost(t) for t, _, _ in steps[tried:]]
+
+
+def afford(nfe: int | None, flow: Flow, lay: Callable[[int], tuple[T, int]]) -> T:
+    """Of what can be laid out with so many estimates, the one with the most that a budget pays for.
+
+    Args:
+        nfe: the budget, in network evaluations, and the most estimates that are tried.
+        flow: what says how much an estimate costs at least and at most.
+        lay: from a number of estimates, what is laid out with them and its cost.
+
+    Raises:
+        ValueError: the budget pays for nothing, or nothing can be laid out.
+    """
+    least, most = flow.nfe_range
+    budget = whole(nfe) or 0
+    count, refused, dearest = budget // max(1, least), None, 0
+    while count > 0:
+        try:
+            made, cost = lay(count)
+        except ValueError as error:
+            refused, count = refused or error, count - 1
+            continue
+        if cost <= budget:
+            return made
+        # With one estimate less the others move a little: at most two evaluations dear may be gone at once.
+        dearest, count = cost, count - max(1, (cost - budget) // (2 * most))
+    if refused is not None:
+        raise refused
+    raise ValueError(
+        f"nfe = {nfe}; expected at least {dearest or most}: an estimate of {flow!r} costs {least} to {most} evaluations"
+    )

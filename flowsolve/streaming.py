@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from flowsolve._batch import Context, take
-from flowsolve.drivers import Ask, Finished, collect, pursue
+from flowsolve.drivers import Ask, Finished, Metered, collect, pursue
 from flowsolve.solution import Solution
 from flowsolve.solvers.adaptive import Adaptive
 from flowsolve.solvers.base import Solver
@@ -63,7 +63,7 @@ class Job(Protocol):
         """The states at the start of the solve, shape (n, …), and what belongs to them."""
         ...
 
-    def ode(self) -> tuple[float, float, Ask, int | None]:
+    def ode(self) -> tuple[float, float, Ask, int | Metered | None]:
         """Start, end, right-hand side and budget of an adaptive solve."""
         ...
 

@@ -23,7 +23,7 @@ from flowsolve.likelihood.prior import MARGINAL, NORMAL, Prior, marginal_log_pro
 from flowsolve.likelihood.result import LogProb, one_shape
 from flowsolve.likelihood.trace import Trace, estimated, of_noise
 from flowsolve.noise import Noise
-from flowsolve.planning import estimates
+from flowsolve.planning import at_least, unit, varies
 from flowsolve.predictions import Estimate
 from flowsolve.solution import Solution
 from flowsolve.solvers.base import EstimateSolver, Query, State
@@ -81,13 +81,13 @@ class Along:
         self.start, self.end = interval
         self.samples = self.start < self.end
         self.data_end, self.noise_end = max(interval), min(interval)
-        # Ends without a log-SNR: sampling sets out from pure noise, and clean data are looked at where that is possible.
+        # Ends without a log-SNR: sampling sets out from pure noise, and clean data are looked at where that can be.
         outset = self.samples and path.at(self.noise_end).alpha == 0.0
         clean = path.at(self.data_end)
         self.tip = clean.sigma == 0.0 and not flow.prediction.singular(clean)
         self.bare = (outset, self.tip) if self.samples else (self.tip, False)
         self.shape: tuple[int, ...] = ()  # of a sample, learnt from the first
-        budget = estimates(nfe, flow)
+        budget = at_least(nfe, flow)
         laid = None if grid is None else grids.resolve(grid)
         laid = laid.on(path) if isinstance(laid, At) else laid
         if budget is None and not isinstance(laid, list):
@@ -99,7 +99,8 @@ class Along:
         inner = times[::-1] if self.samples else times
         self.stops = [*[self.start] * self.bare[0], *inner, *[self.end] * self.bare[1]]
         self.intervals = list(zip(self.stops, self.stops[1:], counts, strict=False))
-        self.cost = sum(counts) + 1 + self.repeats
+        if self.repeats >= len(times):
+            raise ValueError(f"repeats = {self.repeats} for {len(times)} nodes; expected fewer second looks than nodes")
         for t in self.stops:
             flow.require(t, "the likelihood's grid")
             solver.require(flow, None, t, asks=True)
@@ -143,7 +144,8 @@ class Along:
         x = state(chunk.x)
         self.shape = one_shape(x, self.shape)
         probes = self.trace.draw(x.detach(), Noise(self.seed, chunk.samples))
-        return x, Context({"cond": {**self.shared, **chunk.cond}, "probes": probes}, len(x))
+        cond = self.flow.conditioned({**self.shared, **chunk.cond}, len(x))
+        return x, Context({"cond": cond, "probes": probes}, len(x))
 
     def ode(self) -> Any:
         """There is none."""
@@ -153,13 +155,15 @@ class Along:
         """The curve of a whole batch, read: a solution whose x are rows (ends of the curve, log p, error)."""
         tree = context.tree
         if not len(y):
-            return self._solution(torch.cat((rows(y), rows(y), y.new_zeros(0, self.trace.count + 1)), 1), [])
-        walk, nodes = self._walk(y), set(self.rule.times)
+            return self._solution(torch.cat((rows(y), rows(y), y.new_zeros(0, self.trace.count + 1)), 1), [], 0)
+        walk, nodes, price = self._walk(y), set(self.rule.times), self.flow.cost if varies(self.flow) else _one
+        spent: Any = 0
         x, data, trace, tip = [], [], [], None
         query = next(walk)
         try:
             for t in [*self.stops, math.nan]:
                 while query.t != t:  # a stage within a step
+                    spent = spent + price(query.t)
                     query = walk.send(self.flow.estimate(query.x, query.t, **tree["cond"]))
                 if t in nodes:
                     estimate, found = self._ask(query.x, t, tree)
@@ -169,12 +173,18 @@ class Along:
                 else:
                     estimate = self.flow.estimate(query.x, t, **tree["cond"])
                     tip = (rows(query.x), rows(estimate.noise)) if t == self.data_end else tip
+                spent = spent + price(t)
                 query = walk.send(estimate)
         except StopIteration:
             pass
         order = slice(None, None, -1 if self.samples else 1)
         curve = Curve(self.rule, *(torch.stack(v[order]) for v in (x, data, trace)))
-        return self._read(self._looked(curve, y.shape, tree), y, tip)
+        if self.repeats:
+            curve, extra = self._looked(curve, y.shape, tree)
+            spent = spent + sum(price(t) for t in extra)
+        found = self._read(curve, y, tip)
+        seen = [largest(v.detach()) for v in curve.x[order]]
+        return self._solution(found, seen, spent)
 
     def _walk(self, y: Tensor) -> Generator[Query, Estimate, None]:
         """What the solver asks on its way, and at its end."""
@@ -190,21 +200,19 @@ class Along:
         estimate, trace = estimated(self.flow, self.trace, x, t, self.flow.path.at(t), tree, self.graph)
         return estimate, of_noise(estimate, trace)
 
-    def _looked(self, curve: Curve, shape: Any, tree: Any) -> Curve:
-        """The curve after the second looks, for the samples that they bring closer to a solution."""
-        count = min(self.repeats, len(self.rule) - 1)
-        if not count:
-            return curve
-        first, again = curve.worst(count), curve
-        times = torch.tensor(self.rule.times, dtype=torch.float64)
-        for k in (first + i for i in range(count)):
-            x = again.approach(k)
-            estimate, trace = self._ask(x.reshape(shape), times[torch.from_numpy(k)], tree)
+    def _looked(self, curve: Curve, shape: Any, tree: Any) -> tuple[Curve, list[Tensor]]:
+        """The curve after the second looks, for the samples that they bring closer to a solution; and their times."""
+        first, again = curve.worst(self.repeats), curve
+        times, looked = torch.tensor(self.rule.times, dtype=torch.float64), []
+        for k in (first + i for i in range(self.repeats)):
+            x, t = again.approach(k), times[torch.from_numpy(k)]
+            estimate, trace = self._ask(x.reshape(shape), t, tree)
             again = again.replaced(k, x, rows(estimate.data), trace)
-        return again.where(again.strayed() < curve.strayed(), curve)
+            looked.append(t)
+        return again.where(again.strayed() < curve.strayed(), curve), looked
 
-    def _read(self, curve: Curve, y: Tensor, tip: tuple[Tensor, Tensor] | None) -> Solution:
-        """The density, its error and the ends of a curve."""
+    def _read(self, curve: Curve, y: Tensor, tip: tuple[Tensor, Tensor] | None) -> Tensor:
+        """The ends of a curve, its density and the error of that, as the rows of `run`."""
         latent, base = self._at_noise(curve, y)
         first, size = self.rule.points[0], curve.x.shape[2]
         change = curve.change()
@@ -213,9 +221,7 @@ class Along:
         error = torch.full_like(value[:, :1], math.nan)
         if len(self.rule) > 4:
             error = (change - curve.halved().change()).mean(1, keepdim=True).abs()
-        found = torch.cat((latent, sample, value, error), 1)
-        seen = [largest(x.detach()) for x in curve.x]
-        return self._solution(found, seen[::-1] if self.samples else seen)
+        return torch.cat((latent, sample, value, error), 1)
 
     def _at_noise(self, curve: Curve, y: Tensor) -> tuple[Tensor, Tensor]:
         """The state at the noise end, (B, D), and log p of y = x/α at the last node, (B, P)."""
@@ -254,23 +260,29 @@ class Along:
             first.alpha / there.alpha
         )
 
-    def _solution(self, found: Tensor, magnitudes: list[Tensor]) -> Solution:
+    def _solution(self, found: Tensor, magnitudes: list[Tensor], spent: Any) -> Solution:
         """The solution whose x are such rows, with the largest numbers at the nodes in the order of the solve."""
         if not magnitudes:
             return settle(found, None, [], self.start, 0, 0)
         times = [*self.rule.times[:: -1 if self.samples else 1], self.end]
         looked = torch.stack([*magnitudes, largest(found[:, :-1].detach())])
-        return settle(found, looked, times, self.start, self.cost, len(self.intervals))
+        settled = settle(found, looked, times, self.start, 0, len(self.intervals))
+        return replace(settled, nfe=settled.nfe + torch.as_tensor(spent))
 
     def leave(self, solution: Solution, context: Context) -> LogProb:
         """The parts of the rows that `run` gave."""
         size = math.prod(self.shape)
         latent, sample, values, error = solution.x.split((size, size, self.trace.count, 1), 1)
         latent, sample = latent.reshape(-1, *self.shape), sample.reshape(-1, *self.shape)
-        solution = replace(solution, x=sample if self.samples else latent, nfe=solution.nfe * self.flow.nfe_per_call)
+        solution = replace(solution, x=sample if self.samples else latent, nfe=solution.nfe * unit(self.flow))
         value = torch.where(solution.ok.to(values.device), values.mean(1), math.nan)
         stderr = self.trace.stderr(values.detach())
         return LogProb(value, stderr, error.detach().squeeze(1), solution.nfe, latent, sample, solution)
+
+
+def _one(t: Any) -> int:
+    """The cost of an estimate where all cost the same."""
+    return 1
 
 
 def _whole(given: int | None, repeats: int) -> int:

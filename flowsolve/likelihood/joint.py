@@ -30,14 +30,14 @@ from flowsolve import charts
 from flowsolve._arguments import check_gradient, check_grid, state
 from flowsolve._batch import Context, per_sample, rows
 from flowsolve.charts import Chart
-from flowsolve.drivers import Ask
+from flowsolve.drivers import Ask, Metered
 from flowsolve.flow import Flow
 from flowsolve.likelihood.prior import MARGINAL, Prior, marginal_log_prob, normal_log_prob
 from flowsolve.likelihood.result import LogProb, one_shape
 from flowsolve.likelihood.trace import Trace, estimated, of_noise
 from flowsolve.noise import Noise
 from flowsolve.ode import trajectory
-from flowsolve.planning import estimates, plan
+from flowsolve.planning import allowance, laid, unit, varies
 from flowsolve.solution import Solution
 from flowsolve.solvers.adaptive import Adaptive
 from flowsolve.solvers.base import Query, SlopeSolver, Solver, charted, scaled
@@ -92,17 +92,20 @@ class Joint:
         path = flow.path
         for t in interval:
             self.ruler.require(path, t)
-        self.budget, self.grid = estimates(nfe, flow), None
+        self.counted = varies(flow)
+        self.budget: int | Metered | None = None
+        self.grid: list[tuple[float, float, int]] | None = None
+        last = None
         if prior == MARGINAL:
-            flow.require(min(interval), "the prior")
-            if self.budget is not None:
-                self.budget -= 1
+            last = min(interval)
+            flow.require(last, "the prior")
         if solver.chooses_steps:
             check_grid(grid, solver)
             for t in interval:
                 flow.require(t, "the interval")
+            self.budget = allowance(nfe, flow, self.ruler, last)
         else:
-            steps = plan(solver, flow, interval, grid, self.budget, self.ruler)
+            steps, _ = laid(solver, flow, interval, grid, nfe, self.ruler, int(last is not None))
             clock = [self.ruler.clock(path, t) for t in steps.times]
             self.grid = list(zip(clock, clock[1:], steps.evaluations, strict=False))
         self.weight = 1.0
@@ -121,7 +124,8 @@ class Joint:
         self.shape = one_shape(x, self.shape)
         probes = self.trace.draw(x.detach(), Noise(self.seed, chunk.samples))
         # What the solve sets out from is kept: the other end of a sample.
-        tree = {"cond": {**self.shared, **chunk.cond}, "probes": probes, "begin": x}
+        cond = self.flow.conditioned({**self.shared, **chunk.cond}, len(x))
+        tree = {"cond": cond, "probes": probes, "begin": x}
         first = rows(x) / self.ruler.scale(self.flow.path.at(self.start))
         return torch.cat((first, first.new_zeros(len(x), self.trace.count)), 1), Context(tree, len(x))
 
@@ -136,7 +140,7 @@ class Joint:
 
         return replace(solver, norm=norm)
 
-    def ode(self) -> tuple[float, float, Ask, int | None]:
+    def ode(self) -> tuple[float, float, Ask, int | Metered | None]:
         """The joint ODE in the chart: start, end, right-hand side and budget."""
         path, ruler = self.flow.path, self.ruler
         return ruler.clock(path, self.start), ruler.clock(path, self.end), self.field, self.budget
@@ -147,7 +151,7 @@ class Joint:
         assert isinstance(self.solver, SlopeSolver)
         _, solution = trajectory(
             y, start, [end], ask, context, solver=self.solver, intervals=self.grid, budget=budget, mode=self.mode,
-            functions=[self.flow.net], progress=progress,
+            functions=self.flow.nets, progress=progress,
         )  # fmt: skip
         return solution
 
@@ -160,13 +164,13 @@ class Joint:
         nfe, noise_end = solution.nfe, min(self.start, self.end)
         base = self._base(latent, noise_end, tree)
         if self.prior == MARGINAL:
-            nfe = nfe + 1
+            nfe = nfe + (self.flow.cost(noise_end) if self.counted else 1)
         sign = -1.0 if self.samples else 1.0
         change = size * math.log(ruler.scale(path.at(noise_end)) / ruler.scale(path.at(max(self.start, self.end))))
         values = base + sign * logdets + change
         arrived = ruler.clock(path, self.end)
         reached = torch.where(solution.t == arrived, self.end, torch.as_tensor(ruler.time(path, solution.t)))
-        solution = replace(solution, x=there, t=reached, nfe=nfe * self.flow.nfe_per_call)
+        solution = replace(solution, x=there, t=reached, nfe=nfe * unit(self.flow))
         value = torch.where(solution.ok.to(values.device), values.mean(1), math.nan)
         unknown = torch.full_like(value.detach(), math.nan)
         stderr = self.trace.stderr(values.detach())
@@ -188,6 +192,8 @@ class Joint:
         outer = charted(query.about(query.x[:, :1]), chart, path)
         point = outer.point
         assert point is not None
+        if self.counted:
+            query.cost = self.flow.cost(outer.t)
         c = chart.scale(point)
         x = scaled(c, query.x[:, :size].reshape(-1, *self.shape))
         estimate, trace = estimated(self.flow, self.trace, x, outer.t, point, context, self.graph)

@@ -8,6 +8,7 @@ r"""log p(x) of a flow: what is asked for, and which of two methods answers.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -212,6 +213,8 @@ def reading(
     """The job that answers, planned once for any number of batches. The arguments are those of `log_prob`."""
     if torch.is_inference_mode_enabled():
         raise RuntimeError("log_prob differentiates the network, which inference_mode forbids; use no_grad instead")
+    for caveat in flow.caveats:
+        warnings.warn(caveat, UserWarning, stacklevel=3)
     method: Any = AUTO if isinstance(solver, str) and solver == "auto" else solver
     check_solver(method)
     estimator = traces.resolve(trace, probes)

@@ -136,7 +136,7 @@ class AdaptiveState:
         counts[control.STATUS, where] = int(status)
         return replace(self, counts=counts)
 
-    def charge(self, index: Count, evaluations: int) -> AdaptiveState:
+    def charge(self, index: Count, evaluations: int | Count) -> AdaptiveState:
         """This state with evaluations added to some samples."""
         counts = self.counts.copy()
         counts[control.NFE, index] += evaluations
@@ -267,6 +267,10 @@ class Adaptive(RungeKutta):
         ahead = yield from ask_stages(pair, Nodes(nodes), h, slopes, 1)
         error = self._error(ahead, h, slopes) if errors is None else errors
         return self._judged(state, s_end, h, s_next, slopes, ahead, error)
+
+    def ahead(self, state: AdaptiveState, s_end: float) -> Vector:
+        """The times that the next attempt asks about, (m, B)."""
+        return aim(state.real, s_end, self.pair.later)[2]
 
     def _judged(
         self,

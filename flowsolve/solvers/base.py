@@ -74,14 +74,16 @@ class Query:
         nodes: the step's times, of which this is row `row`, where they are known.
         row: see `nodes`.
         point: the path's point at t, where it is known.
+        cost: what the answer cost, where answers differ in that: evaluations, as an int or int64 of shape (B,).
     """
 
-    __slots__ = ("nodes", "point", "row", "time", "x")
+    __slots__ = ("cost", "nodes", "point", "row", "time", "x")
 
     def __init__(
         self, x: Tensor, t: Any = None, nodes: Nodes | None = None, row: int = 0, point: Point | None = None
     ) -> None:
         self.x, self.time, self.nodes, self.row, self.point = x, t, nodes, row, point
+        self.cost: Any = 1
 
     @property
     def t(self) -> Any:
@@ -285,7 +287,9 @@ def slope_in(chart: Chart, path: Path, estimate: Callable[[Query, Any], Estimate
     """What answers queries for dy/ds at (y, s) in a chart, from what answers with estimates at (x, t)."""
 
     def answer(query: Query, context: Any) -> Tensor:
-        found = estimate(charted(query, chart, path), context)
+        outer = charted(query, chart, path)
+        found = estimate(outer, context)
+        query.cost = outer.cost
         return found.combine(*chart.row(found.point, query.t))
 
     return answer

@@ -82,6 +82,12 @@ class _ExponentialPair(Adaptive):
             )
         return (yield from super().begin(y, s, s_end))
 
+    def ahead(self, state: AdaptiveState, s_end: float) -> Vector:
+        """The times that the next attempt asks about, (m, B)."""
+        _, s_next, _ = aim(state.real, s_end, END)
+        c = np.array(self.tableau.c[1:])[:, None]
+        return np.concatenate((state.s * np.exp(c * np.log(s_next / state.s)), s_next[None]))
+
     def attempt(
         self, state: AdaptiveState, s_end: float, errors: Vector | None = None
     ) -> Generator[Query, Tensor, Attempt]:
@@ -89,8 +95,8 @@ class _ExponentialPair(Adaptive):
         h, s_next, _ = aim(state.real, s_end, END)
         s, span = state.s, np.log(s_next / state.s)
         c = np.array(self.tableau.c[1:])[:, None]
-        inner = s * np.exp(c * span)
-        nodes = Nodes(np.concatenate((inner, s_next[None])))
+        nodes = Nodes(self.ahead(state, s_end))
+        inner = nodes.table[:-1]
         slopes, count = Slopes(state.y), len(c)
         slopes.append(state.slope)
         for i in range(count):
