@@ -115,8 +115,8 @@ class Along:
         self.repeats = _whole(repeats, (0 if budget is None else budget - least) if repeats is None else repeats)
         if self.repeats < 0 or budget not in (None, least + self.repeats):
             raise ValueError(
-                f"nfe buys {budget} estimates; the {len(known)} times given where the log-SNR is finite take {least}, and "
-                f"{max(self.repeats, 0)} are second looks. Drop nfe= or grid="
+                f"nfe buys {budget} estimates; the {len(known)} times given where the log-SNR is finite take {least}, "
+                f"and {max(self.repeats, 0)} are second looks. Drop nfe= or grid="
             )
         return known, [each] * steps
 

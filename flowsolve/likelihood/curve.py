@@ -5,44 +5,47 @@ $y = x/\alpha$, $s = \sigma/\alpha$, $\ell = \log s = -\lambda$, one evaluation 
 
 $$ \nabla_y \log p = -\frac{\hat\varepsilon}{s}, \qquad
    \partial_\ell \log p = \|\hat\varepsilon\|^2 - T, \qquad
-   T = D - \operatorname{tr}\frac{\partial\hat z}{\partial y} = \sigma\operatorname{tr}\frac{\partial\hat\varepsilon}{\partial x} , $$
+   T = D - \operatorname{tr}\frac{\partial\hat z}{\partial y}
+     = \sigma\operatorname{tr}\frac{\partial\hat\varepsilon}{\partial x} , $$
 
 the second because y moves by $dy/d\ell = s\hat\varepsilon$ along the ODE and $\log p$ falls by $T$. Hence along *any*
 curve from data to noise
 
-$$ \log p(y_0) = \log p(y_n) + \int T\,d\ell + \int \frac{\hat\varepsilon}{s}\cdot\bigl(dy - s\hat\varepsilon\,d\ell\bigr), $$
+$$ \log p(y_0) = \log p(y_n) + \int T\,d\ell
+   + \int \frac{\hat\varepsilon}{s}\cdot\bigl(dy - s\hat\varepsilon\,d\ell\bigr), $$
 
 and the curve need not be a solution: how far a solver strays is the second integral. It removes the first-order effect
 of the solver's error on the density, at no cost, and what is left is of second order in that error. (The identity is
 exact for a network that is the true conditional expectation. For a trained one the score only weighs a correction.)
 
 **Quadrature.** Let the evaluations be at nodes $\lambda_0 > \dots > \lambda_n$. T goes smoothly from 0 (data) to D
-(noise), flat at both ends, where every rule that treats interior nodes alike is accurate far beyond its order: the weights
-here are those of the cubic through the four nodes around each interval. On equal steps of λ these are the trapezoidal rule
-with corrected ends. For the second integral, the step from node k to k+1 is taken once more, exponentially in data
-form, with ẑ the cubic in λ through the same four nodes (`flowsolve.solvers.exponential`), two of which the solver did not
-know. With $\delta_k$ the difference to the state that the solver evaluated there,
+(noise), flat at both ends, where every rule that treats interior nodes alike is accurate far beyond its order: the
+weights here are those of the cubic through the four nodes around each interval. On equal steps of λ these are the
+trapezoidal rule with corrected ends. For the second integral, the step from node k to k+1 is taken once more,
+exponentially in data form, with ẑ the cubic in λ through the same four nodes (`flowsolve.solvers.exponential`), two of
+which the solver did not know. With $\delta_k$ the difference to the state that the solver evaluated there,
 
 $$ \int_k^{k+1} \frac{\hat\varepsilon}{s}\cdot(dy - s\hat\varepsilon\,d\ell) \approx
    \frac{\hat\varepsilon_k + \hat\varepsilon_{k+1}}2\cdot\frac{\delta_k}{\sigma_{k+1}} , $$
 
 since a perturbation made in the step grows like σ until its end.
 
-**Second looks.** An extrapolating solver errs most where the state settles between modes of the data, a few steps for each
-sample. The `repeats` consecutive nodes where $\sum\|\delta_k\|/\sigma_{k+1}$ is largest are evaluated again, sample by
-sample, each at the state of the centred step from the node before: now the evaluations beyond are known, if roughly.
-A sample keeps the new curve if that lowers $\sum(\|\delta_k\|/\sigma_{k+1})^2$, and else the smoother old one.
+**Second looks.** An extrapolating solver errs most where the state settles between modes of the data, a few steps for
+each sample. The `repeats` consecutive nodes where $\sum\|\delta_k\|/\sigma_{k+1}$ is largest are evaluated again,
+sample by sample, each at the state of the centred step from the node before: now the evaluations beyond are known, if
+roughly. A sample keeps the new curve if that lowers $\sum(\|\delta_k\|/\sigma_{k+1})^2$, and else the smoother old one.
 
-**Ends.** Where the data end has σ = 0 the first node is at the end of the window of λ. Beyond it T falls like $s^p$, with
-p = 2 for a smooth density and p = 1 for most trained networks, whose ε̂ does not quite vanish; p is read off the first two
-nodes, and $\int T d\ell = T_0/p$. The state there is evaluated once, and the way between is a step as any other, with ε̂
-linear in s. Where the noise end has α = 0 the last node is at the other end of the window, and there the density is
-`marginal` (`flowsolve.likelihood.prior`).
+**Ends.** Where the data end has σ = 0 the first node is at the end of the window of λ. Beyond it T falls like $s^p$,
+with p = 2 for a smooth density and p = 1 for most trained networks, whose ε̂ does not quite vanish; p is read off the
+first two nodes, and $\int T d\ell = T_0/p$. The state there is evaluated once, and the way between is a step as any
+other, with ε̂ linear in s. Where the noise end has α = 0 the last node is at the other end of the window, and there the
+density is `marginal` (`flowsolve.likelihood.prior`).
 
 **The error** is estimated by the same formula on every second node: the difference is the error of half the budget.
 
 Sources: the instantaneous change of variables is Chen et al. 2018; that a dual-weighted residual corrects a functional
-of an approximate solution is Becker & Rannacher 2001. The line integral is ours.
+of an approximate solution is Becker & Rannacher 2001. The line integral is the
+chain rule.
 """
 
 from __future__ import annotations
@@ -74,8 +77,8 @@ Vector = NDArray[np.float64]
 def nodes(path: Path, start: float, end: float, count: int, window: tuple[float, float] = WINDOW) -> list[float]:
     """Flow times of `count` evaluations between data (start) and noise (end), the nodes of a curve.
 
-    Equal steps of $\\arctan((\\lambda - 1.5)/4)$, ends included: somewhat denser where noise is as large as data. An end
-    where λ is infinite is replaced by that of the window.
+    Equal steps of arctan((λ − 1.5)/4), ends included: somewhat denser where noise is as large as data. An end where λ
+    is infinite is replaced by that of the window.
     """
     here, there = path.at(start), path.at(end)
     high = window[1] if here.sigma == 0.0 else float(here.log_snr)
@@ -196,7 +199,7 @@ class Curve:
         """log p(y) at the first node less that at the last, (B, P): the two integrals."""
         rule = self.rule
         weights = send(torch.from_numpy(rule.weights), self.trace, self.trace.dtype)
-        total = torch.tensordot(weights, self.trace, dims=1)
+        total: Tensor = torch.tensordot(weights, self.trace, dims=1)
         before = self.noise(0)
         for k in range(len(rule) - 1):
             after = self.noise(k + 1)
@@ -213,7 +216,8 @@ class Curve:
         power = torch.where((here > 0.0) & (there > 0.0), power, 2.0).clamp(1.0, 2.0)
         known = self.noise(0)
         step = self.x[0] / float(self.rule.points[0].alpha) - y - (0.5 * s[0]) * (noise + known)
-        return self.trace[0] / power + (known * step).sum(1, keepdim=True) / s[0]
+        found: Tensor = self.trace[0] / power + (known * step).sum(1, keepdim=True) / s[0]
+        return found
 
     def halved(self) -> Curve:
         """The curve through every second node."""

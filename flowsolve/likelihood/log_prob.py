@@ -2,8 +2,8 @@ r"""log p(x) of a flow: what is asked for, and which of two methods answers.
 
 | solver | method | evaluations |
 |---|---|---|
-| "auto", exponential multistep and single steps, DDIM | a line integral of $d\log p$ along the solver's states (`curve`) | a fixed number, 16 to 64 |
-| Runge–Kutta, adaptive or not, and bridges | one ODE for the state and its log-determinant (`joint`) | as tolerance or grid have it |
+| "auto", exponential steps, DDIM | the integral of $d\log p$ along the solver's states (`curve`) | a number, 16 to 64 |
+| Runge–Kutta, and bridges | one ODE for state and log-determinant (`joint`) | as tolerance or grid have it |
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from flowsolve.likelihood.joint import Joint
 from flowsolve.likelihood.prior import Prior
 from flowsolve.likelihood.result import LogProb
 from flowsolve.likelihood.trace import Trace
-from flowsolve.noise import START, Noise, Seed
+from flowsolve.noise import START, Noise
 from flowsolve.solvers.base import EstimateSolver, SlopeSolver, Solver
 from flowsolve.solvers.exponential import refuse_chart
 from flowsolve.solvers.multistep import Multistep
@@ -199,7 +199,7 @@ def reading(
     solver: Solver | str = "auto",
     trace: str | Trace = "hutchinson",
     probes: int | None = None,
-    seed: Seed = 0,
+    seed: int = 0,
     nfe: int | None = None,
     grid: Any = None,
     chart: str | Chart | None = None,
@@ -228,8 +228,8 @@ def reading(
         )  # fmt: skip
     if not isinstance(method, EstimateSolver) or method.random:
         raise TypeError(
-            f"solver is {method!r}; a likelihood is of the ODE: give a Runge–Kutta solver, or one of estimates that draws "
-            "no noise"
+            f"solver is {method!r}; a likelihood is of the ODE: give a Runge–Kutta solver, or one of estimates that "
+            "draws no noise"
         )
     refuse_chart(method, None if chart is None else charts.resolve(chart))
     if tolerance is not None:

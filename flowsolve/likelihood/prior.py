@@ -2,14 +2,16 @@ r"""The density at the noise end.
 
 * **normal**: $N(0, \sigma_0^2)$ with the path's `prior_std`, where sampling starts from. On a path that keeps signal at
   t = 0 (VP, VE, EDM) the likelihood is that of the model one samples from, a normalised density.
-* **marginal**: the density of $x_0 = \alpha_0 z + \sigma_0\varepsilon$ as far as the network knows it. With $y = x/\alpha$
-  and $s = \sigma/\alpha$ large, $y$ is normal with the mean and the variance of z added; for an isotropic variance v,
-  $\hat z$ is affine in y with $\operatorname{tr}\partial\hat z/\partial y = Dv/(s^2+v)$. So one estimate tells both,
+* **marginal**: the density of $x_0 = \alpha_0 z + \sigma_0\varepsilon$ as far as the network knows it. With
+  $y = x/\alpha$ and $s = \sigma/\alpha$ large, $y$ is normal with the mean and the variance of z added; for an
+  isotropic variance v, $\hat z$ is affine in y with $\operatorname{tr}\partial\hat z/\partial y = Dv/(s^2+v)$. So one
+  estimate tells both,
 
 $$ \log p(x_0) = -\tfrac12\,\|\hat\varepsilon\|^2\,\tfrac DT - \tfrac D2\log\bigl(2\pi\sigma_0^2\,\tfrac DT\bigr),
-   \qquad T = \sigma\operatorname{tr}\frac{\partial\hat\varepsilon}{\partial x} = D - \operatorname{tr}\frac{\partial\hat z}{\partial y}, $$
+   \qquad T = \sigma\operatorname{tr}\frac{\partial\hat\varepsilon}{\partial x}
+     = D - \operatorname{tr}\frac{\partial\hat z}{\partial y}, $$
 
-  exact for isotropic normal data, and in general to the next order in $1/s^2$. Not normalised: no bound for publication.
+  exact for isotropic normal data, else to leading order in $1/s^2$. Not normalised: no bound to publish.
 * a function of the state, (B, *S) → (B,), for anything else.
 """
 

@@ -1,8 +1,9 @@
 r"""Traces of a network's Jacobian, from the very call that gives its value.
 
-One pass of the network linearises its output $o(x)$, and from then on products with the Jacobian $J = \partial o/\partial
-x$ are to be had: $v^\top J$ by reverse mode, one backward pass over the same graph, or $J v$ by forward mode, in which
-the pass carries a tangent along. Either serves a trace, since $\operatorname{tr} J = \operatorname{tr} J^\top$.
+One pass of the network linearises its output $o(x)$, and from then on products with the Jacobian $J = \partial
+o/\partial x$ are to be had: $v^\top J$ by reverse mode, one backward pass over the same graph, or $J v$ by forward
+mode, in which the pass carries a tangent along. Either serves a trace, since $\operatorname{tr} J = \operatorname{tr}
+J^\top$.
 
 | `trace=` | products an evaluation | the estimate |
 |---|---|---|
@@ -18,9 +19,9 @@ prediction that a network was trained on makes no difference. Gaussian probes ha
 **Hutch++** (Meyer et al. 2021) takes the trace on the m/3 directions that J stretches most exactly. With
 $P = QQ^\top$ the rest is $g^\top(I-P)J(I-P)g$ for m/3 further probes g.
 
-**XTrace** (Epperly, Tropp & Webber 2024) uses m/2 probes $\Omega$ for both. Let $J\Omega = QR$, $Z = JQ$, $H = Q^\top Z$,
-$W = Q^\top\Omega$, and let $s_i$ be the unit vector orthogonal to all columns of $R$ but the i-th, so that
-$Q(I - s_i s_i^\top)Q^\top$ projects on the range without probe i. With $x_i = w_i - s_i s_i^\top w_i$ the i-th estimate is
+**XTrace** (Epperly, Tropp & Webber 2024) uses m/2 probes $\Omega$ for both. Let $J\Omega = QR$, $Z = JQ$, $H = Q^\top
+Z$, $W = Q^\top\Omega$, and let $s_i$ be the unit vector orthogonal to all columns of $R$ but the i-th, so that $Q(I -
+s_i s_i^\top)Q^\top$ projects on the range without probe i. With $x_i = w_i - s_i s_i^\top w_i$ the i-th estimate is
 
 $$ \operatorname{tr} H - s_i^\top H s_i + (w_i - x_i)^\top r_i - \omega_i^\top Z x_i + x_i^\top H x_i , $$
 
@@ -297,7 +298,8 @@ class XTrace(Trace):
             return (a * b).sum(1)
 
         inside = h.diagonal(dim1=1, dim2=2).sum(1, keepdim=True) - form(s, h @ s)
-        return inside + form(w - inner, r) - form(omega, z @ inner) + form(inner, h @ inner)
+        found: Tensor = inside + form(w - inner, r) - form(omega, z @ inner) + form(inner, h @ inner)
+        return found
 
 
 def _given(probes: Tensor | None) -> Tensor:
