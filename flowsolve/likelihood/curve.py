@@ -67,7 +67,7 @@ from flowsolve.solvers.exponential import FORMS, update
 
 __all__ = ["WINDOW", "Curve", "Rule", "nodes"]
 
-CENTER, WIDTH = 1.5, 4.0
+CENTER, WIDTH = 1.75, 5.0
 WINDOW = (-math.log(80.0), -math.log(0.002))
 STENCIL = 4
 TINY = 1e-30
@@ -77,7 +77,7 @@ Vector = NDArray[np.float64]
 def nodes(path: Path, start: float, end: float, count: int, window: tuple[float, float] = WINDOW) -> list[float]:
     """Flow times of `count` evaluations between data (start) and noise (end), the nodes of a curve.
 
-    Equal steps of arctan((λ − 1.5)/4), ends included: somewhat denser where noise is as large as data. An end where λ
+    Equal steps of arctan((λ − 1.75)/5), ends included: somewhat denser where noise is as large as data. An end where λ
     is infinite is replaced by that of the window.
     """
     here, there = path.at(start), path.at(end)
