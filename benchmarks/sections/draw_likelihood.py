@@ -11,6 +11,7 @@ __all__ = ["draw"]
 COLUMNS = 3
 STYLES = {
     "curve": ("C1", "o", 2.0),
+    "curve, marginal prior": ("C8", "o", 1.5),
     "Dopri5": ("C0", "s", 1.5),
     "RK4, uniform t": ("C2", "^", 1.0),
     "Heun, uniform t": ("C3", "v", 1.0),

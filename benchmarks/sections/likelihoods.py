@@ -1,7 +1,7 @@
 r"""Ways to a likelihood, ours and the peers', each behind one call that counts the passes of the network.
 
-**The score_sde protocol** (Song et al. 2021, appendix D.2), from its description: state and log-determinant of the whole
-batch as one system, solved by RK45 at rtol = atol, the network called once for the drift and once more for its
+**The score_sde protocol** (Song et al. 2021, appendix D.2), from its description: state and log-determinant of the
+whole batch as one system, solved by RK45 at rtol = atol, the network called once for the drift and once more for its
 divergence. Here with scipy's `solve_ivp` and with torchdiffeq's `dopri5`, in flow time, over the window of the path.
 
 **flow_matching**: `ODESolver.compute_likelihood`, on the straight path, which is the only one that it knows.
@@ -66,8 +66,12 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def ours(budgets: tuple[int, ...], tolerances: tuple[float, ...]) -> list[Way]:
-    """The curve at each budget, Dopri5 at each tolerance, and RK4 and Heun on uniform flow time."""
+def ours(budgets: tuple[int, ...], tolerances: tuple[float, ...], kept: bool) -> list[Way]:
+    """The curve at each budget, Dopri5 at each tolerance, and RK4 and Heun on uniform flow time.
+
+    Args:
+        kept: whether the noise end keeps signal: then also with the marginal there instead of the normal prior.
+    """
 
     def way(name: str, setting: float, **options: Any) -> Way:
         def run(p: Density) -> Found:
@@ -79,6 +83,7 @@ def ours(budgets: tuple[int, ...], tolerances: tuple[float, ...]) -> list[Way]:
     fixed = [n for n in budgets if n % 4 == 0]
     return [
         *(way("curve", n, nfe=n) for n in budgets),
+        *(way("curve, marginal prior", n, nfe=n, prior="marginal") for n in budgets if kept),
         *(way("Dopri5", t, solver=solvers.Dopri5(t, t)) for t in tolerances),
         *(way("RK4, uniform t", n, solver=solvers.RK4(), nfe=n) for n in fixed),
         *(way("Heun, uniform t", n, solver=solvers.Heun(), nfe=n) for n in fixed),
