@@ -68,6 +68,22 @@ def test_the_script_from_end_to_end(tmp_path):
     assert out.with_suffix(".png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("prediction", ["velocity", "noise", "data"])
+@pytest.mark.parametrize("path", [fs.paths.CondOT(), fs.paths.VP()])
+def test_the_trace_in_closed_form_is_that_of_autograd(sections, path, prediction):
+    densities, _ = sections
+    generator = torch.Generator().manual_seed(0)
+    spread = 0.2 + torch.rand(3, 5, generator=generator, dtype=torch.float64)
+    exact = fs.problems.GaussianMixture(torch.randn(3, 5, generator=generator, dtype=torch.float64), spread)
+    net = densities.Known(exact, path, prediction)
+    flow, x = fs.Flow(net, path, prediction), torch.randn(4, 5, generator=generator, dtype=torch.float64)
+    t = torch.tensor([0.2, 0.5, 0.7, 0.9], dtype=torch.float64)
+    torch.testing.assert_close(flow.data(x, t), exact.data(x, path.at(t)), rtol=1e-10, atol=1e-10)
+    jacobian = torch.autograd.functional.jacobian(lambda v: net(v, t).sum(0), x)
+    net(x, t)
+    torch.testing.assert_close(net.trace, torch.einsum("ibi->b", jacobian), rtol=1e-9, atol=1e-9)
+
+
 def test_errors_are_in_bits_of_a_dimension(sections):
     densities, _ = sections
     problem = densities.PROBLEMS["mixture 2, straight"]()
