@@ -37,10 +37,10 @@ def load(
         dtype: the network's floating dtype; by default its own, or float32.
         trust_pickle: allow code that is in the file to run, with your rights on this machine. Nothing in a file runs
             without it.
-        **declared: what the checkpoint does not say, and in place of what it does: `path`, `prediction`, `time` and
-            `data_range` as for `Flow`; `net`, the network that weights belong to; and by format `scheduler`,
-            `distilled`, `variant` (diffusers), `sde`, `beta_min`, `beta_max`, `continuous` (score_sde), `schedule`,
-            `steps`, `rescale_timesteps`, `predict_xstart` (guided-diffusion), `path_type` (sit), `matcher`,
+        **declared: what the checkpoint does not say, and in place of what it does: `path`, `prediction`, `time`,
+            `data_range` and `transform` as for `Flow`; `net`, the network that weights belong to; and by format
+            `scheduler`, `distilled`, `variant` (diffusers), `sde`, `beta_min`, `beta_max`, `continuous` (score_sde),
+            `schedule`, `steps`, `rescale_timesteps`, `predict_xstart` (guided-diffusion), `path_type` (sit), `matcher`,
             `arguments` (torchcfm, flow_matching), `sigma_min`, `sigma_max`, `rho` (edm, k-diffusion).
 
     Returns:

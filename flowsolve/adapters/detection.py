@@ -3,7 +3,7 @@
 Each family has one adapter, a module with
 
 * `NAMES`, what `format=` may call it;
-* `DECLARES`, what the caller may declare to it beside path, prediction, time and data_range;
+* `DECLARES`, what the caller may declare to it beside path, prediction, time, data_range and transform;
 * `recognise(source, said, asked)`, its `Finding` or None. It reads and runs nothing but what `flowsolve.adapters.files`
   allows.
 
@@ -48,7 +48,7 @@ ADAPTERS: tuple[ModuleType, ...] = (
     plain,
 )
 FORMATS = tuple(name for adapter in ADAPTERS for name in adapter.NAMES)
-GENERAL = ("path", "prediction", "time", "data_range")
+GENERAL = ("path", "prediction", "time", "data_range", "transform")
 
 
 def inspect(source: Any, *, format: str | None = None, trust_pickle: bool = False, **declared: Any) -> Finding:

@@ -27,6 +27,7 @@ from flowsolve.adapters.finding import Finding
 from flowsolve.adapters.networks import FirstHalf, fill, place
 from flowsolve.paths import VP, CondOT, Discrete, Path, Trig
 from flowsolve.predictions import PREDICTIONS, Prediction, Row, resolve
+from flowsolve.transforms import Latent
 
 __all__ = ["DECLARES", "NAMES", "recognise"]
 
@@ -91,7 +92,7 @@ def recognise(source: Source, said: Mapping[str, Any], asked: bool) -> Finding |
         prediction,
         time,
         clock,
-        latent_scale=LATENT_SCALE,
+        transform=Latent(LATENT_SCALE),
         parameters=sum(torch.Size(s).numel() for s in shapes.values()),
         missing=tuple(missing),
         network=network,

@@ -25,6 +25,7 @@ from flowsolve.adapters.finding import Finding
 from flowsolve.adapters.networks import place
 from flowsolve.paths import EDM
 from flowsolve.predictions import PREDICTIONS
+from flowsolve.transforms import Range
 
 __all__ = ["DECLARES", "NAMES", "recognise"]
 
@@ -96,7 +97,7 @@ def _object(net: nn.Module, what: str, said: Mapping[str, Any], evidence: list[s
         PREDICTIONS["data"],
         "native",
         "σ",
-        data_range=(-1.0, 1.0),
+        transform=Range(-1.0, 1.0),
         parameters=sum(p.numel() for p in net.parameters()),
         network=lambda device, dtype: place(net, device, dtype),
     )

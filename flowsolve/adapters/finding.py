@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 from flowsolve.flow import Flow
 from flowsolve.paths import Path
 from flowsolve.predictions import Prediction, resolve
+from flowsolve.transforms import Latent, Range, Transform
 
 __all__ = ["THRESHOLD", "Finding", "Unrecognised"]
 
@@ -47,9 +48,8 @@ class Finding:
         prediction: what its network outputs.
         time: the clock its network reads, as `Flow` takes it.
         clock: the same in words.
-        data_range: what the full range of pixels was mapped to; None for latents or where nothing says so.
-        latent_scale: the network's latents are (encoded − latent_shift) · latent_scale; one number, or one a channel.
-        latent_shift: see latent_scale.
+        transform: how the data become its states: the range that pixels were mapped to, with their levels where these
+            are known, or the scale and shift of latents; None where nothing says so.
         parameters: how many numbers the network has.
         missing: what has to be declared before it can be loaded, one line each.
         refusal: why it cannot be sampled at all.
@@ -64,9 +64,7 @@ class Finding:
     prediction: Prediction | None = None
     time: str | Callable[[Any], Any] | None = None
     clock: str = ""
-    data_range: tuple[float, float] | None = None
-    latent_scale: float | tuple[float, ...] | None = None
-    latent_shift: float | tuple[float, ...] | None = None
+    transform: Transform | Latent | None = None
     parameters: int | None = None
     missing: tuple[str, ...] = ()
     refusal: str | None = None
@@ -76,6 +74,26 @@ class Finding:
     def ready(self) -> bool:
         """Whether `flow` would give a flow."""
         return self.confidence >= THRESHOLD and not self.missing and self.refusal is None
+
+    @property
+    def data_range(self) -> tuple[float, float] | None:
+        """What the full range of pixels was mapped to; None for latents or where nothing says so."""
+        return self.transform.ends() if isinstance(self.transform, Transform) else None
+
+    @property
+    def levels(self) -> int | None:
+        """How many levels the pixels have, where that is known."""
+        return self.transform.levels if isinstance(self.transform, Transform) else None
+
+    @property
+    def latent_scale(self) -> float | Sequence[float] | None:
+        """The network's latents are (encoded − latent_shift) · latent_scale; one number, or one a channel."""
+        return self.transform.scale if isinstance(self.transform, Latent) else None
+
+    @property
+    def latent_shift(self) -> float | Sequence[float] | None:
+        """See latent_scale; None for none."""
+        return self.transform.shift or None if isinstance(self.transform, Latent) else None
 
     @property
     def log_snr(self) -> tuple[float, float] | None:
@@ -102,12 +120,14 @@ class Finding:
         """This finding with what the caller says in place of what was found.
 
         Raises:
-            TypeError: path is not a Path.
-            ValueError: an unknown prediction.
+            TypeError: path is not a Path, or transform no transform.
+            ValueError: an unknown prediction, or a data_range that is none.
         """
+        if said.get("data_range") is not None and said.get("transform") is not None:
+            raise TypeError("data_range= and transform= say the same; declare one")
         changes: dict[str, Any] = {}
         evidence, missing = list(self.evidence), list(self.missing)
-        for name in ("path", "prediction", "time", "data_range"):
+        for name in ("path", "prediction", "time", "data_range", "transform"):
             value = said.get(name)
             if value is None:
                 continue
@@ -119,7 +139,12 @@ class Finding:
             if name == "time":
                 changes["clock"] = f"{value} time" if isinstance(value, str) else "a declared function of flow time"
             instead = f" instead of {_named(found)}" if found is not None and found != value else ""
-            changes[name] = value
+            if name == "transform" and not isinstance(value, Transform | Latent):
+                raise TypeError(f"transform is {value!r}; expected a flowsolve.transforms object such as Range(-1, 1)")
+            if name == "data_range":
+                changes["transform"] = Range(*_pair(value), levels=self.levels)
+            else:
+                changes[name] = value
             evidence.append(f"{name}= declared: {_named(value)}{instead}")
             missing = [m for m in missing if not m.startswith(f"{name}=")]
         told = replace(self, evidence=tuple(evidence), missing=tuple(missing), **changes)
@@ -142,11 +167,9 @@ class Finding:
         assert self.path is not None
         assert self.prediction is not None
         assert self.time is not None
-        options: dict[str, Any] = {} if self.data_range is None else {"data_range": self.data_range}
         net = self.network(device, dtype)
-        if not isinstance(net, nn.Module):
-            options["dtype"] = dtype
-        return Flow(net, self.path, self.prediction, time=self.time, **options)
+        own = None if isinstance(net, nn.Module) else dtype
+        return Flow(net, self.path, self.prediction, time=self.time, dtype=own, transform=self.transform)
 
     def _lacks(self) -> str:
         seen = "; ".join(self.evidence) or "nothing that tells its format"
@@ -175,7 +198,8 @@ class Finding:
             "prediction": None if self.prediction is None else self.prediction.name,
             "clock": self.clock or None,
             "native_time": None if self.native is None else [v if math.isfinite(v) else None for v in self.native],
-            "data_range": None if self.data_range is None else list(self.data_range),
+            "data_range": _plain(self.data_range),
+            "levels": self.levels,
             "latent_scale": _plain(self.latent_scale),
             "latent_shift": _plain(self.latent_shift),
             "parameters": self.parameters,
@@ -183,6 +207,14 @@ class Finding:
             "refusal": self.refusal,
             "loads": self.ready,
         }
+
+
+def _pair(ends: Any) -> tuple[float, float]:
+    try:
+        low, high = ends
+        return float(low), float(high)
+    except (TypeError, ValueError):
+        raise ValueError(f"data_range = {ends!r}; expected two numbers (low, high)") from None
 
 
 def _named(value: Any) -> str:

@@ -25,6 +25,7 @@ from flowsolve.adapters.finding import Finding
 from flowsolve.adapters.networks import FirstHalf, fill, place
 from flowsolve.paths import Discrete
 from flowsolve.predictions import PREDICTIONS
+from flowsolve.transforms import Range
 
 __all__ = ["DECLARES", "NAMES", "recognise"]
 
@@ -101,7 +102,7 @@ def recognise(source: Source, said: Mapping[str, Any], asked: bool) -> Finding |
         PREDICTIONS["data" if said.get("predict_xstart") else "noise"],
         None if curve is None else clock if scale != 1.0 else "native",
         f"{scale:g} k" if scale != 1.0 else "the index k of the table",
-        data_range=(-1.0, 1.0),
+        transform=Range(-1.0, 1.0),
         parameters=sum(torch.Size(s).numel() for s in shapes.values()),
         missing=tuple(missing),
         network=network,

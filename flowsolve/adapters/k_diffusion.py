@@ -25,6 +25,7 @@ from flowsolve.adapters.finding import Finding
 from flowsolve.adapters.networks import Wrapper, place, preconditioned
 from flowsolve.paths import EDM, Trig
 from flowsolve.predictions import PREDICTIONS
+from flowsolve.transforms import Range
 
 __all__ = ["DECLARES", "NAMES", "recognise"]
 
@@ -56,7 +57,7 @@ def recognise(source: Source, said: Mapping[str, Any], asked: bool) -> Finding |
         return None
     name = type(net).__name__
     rho = float(said.get("rho", 7.0))
-    common: dict[str, Any] = {"parameters": sum(p.numel() for p in net.parameters()), "data_range": (-1.0, 1.0)}
+    common: dict[str, Any] = {"parameters": sum(p.numel() for p in net.parameters()), "transform": Range(-1.0, 1.0)}
 
     def network(device: Any, dtype: Any) -> Any:
         return Scaled(place(net, device, dtype)).eval()

@@ -126,8 +126,9 @@ def place(net: Callable[..., Any], device: torch.device | str | None, dtype: tor
     """The network in evaluation mode, on a device and in a dtype where these are given."""
     if not isinstance(net, nn.Module):
         return net
-    if device is not None or dtype is not None:
-        net = net.to(device=device, dtype=dtype)
+    where: dict[str, Any] = {name: value for name, value in (("device", device), ("dtype", dtype)) if value is not None}
+    if where:
+        net.to(**where)  # diffusers' own `to` warns of a dtype that is only named
     return net.eval()
 
 

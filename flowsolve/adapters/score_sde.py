@@ -28,6 +28,7 @@ from flowsolve.adapters.finding import Finding
 from flowsolve.adapters.networks import fill, place
 from flowsolve.paths import VE, VP, Path, SubVP
 from flowsolve.predictions import PREDICTIONS
+from flowsolve.transforms import Range
 
 __all__ = ["DECLARES", "NAMES", "recognise"]
 
@@ -95,7 +96,7 @@ def recognise(source: Source, said: Mapping[str, Any], asked: bool) -> Finding |
         None if kind is None else PREDICTIONS["score" if kind == "ve" else "noise"],
         clock,
         "" if kind is None else "σ" if kind == "ve" else "999 τ",
-        data_range=None if kind is None else (-1.0 if centered else 0.0, 1.0),
+        transform=None if kind is None else Range(-1.0 if centered else 0.0, 1.0),
         parameters=sum(p.numel() for p in net.parameters())
         if isinstance(net, nn.Module)
         else sum(torch.Size(s).numel() for s in shapes),

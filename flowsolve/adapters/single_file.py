@@ -31,6 +31,7 @@ from flowsolve.adapters.finding import Finding
 from flowsolve.adapters.networks import FirstHalf, Preconditioned, fill, place, preconditioned, require_unscaled
 from flowsolve.paths import EDM, CondOT, Discrete, Path
 from flowsolve.predictions import PREDICTIONS, Prediction
+from flowsolve.transforms import Latent
 
 __all__ = ["DECLARES", "NAMES", "recognise"]
 
@@ -128,8 +129,8 @@ def _unet(source: Source, said: Mapping[str, Any], bare: Mapping[str, Any], widt
 
     return Finding(
         str(source.given), NAMES[0], 0.95 if kind else 0.6, tuple(evidence), path, prediction, time, clock,
-        latent_scale=LATENT.get(kind or ""), parameters=_count(bare), missing=tuple(missing), refusal=refusal,
-        network=network,
+        transform=Latent(LATENT[kind]) if kind in LATENT else None, parameters=_count(bare), missing=tuple(missing),
+        refusal=refusal, network=network,
     )  # fmt: skip
 
 
@@ -146,8 +147,7 @@ def _flow(
         FLOW,
         lambda t: scale * (1.0 - t),
         f"{scale:g} (1 − t)",
-        latent_scale=latent,
-        latent_shift=shift,
+        transform=Latent(latent, shift),
         parameters=_count(bare),
         missing=() if said.get("net") is not None else ("net= (the transformer that the weights belong to)",),
         refusal=refusal,

@@ -6,11 +6,18 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
-__all__ = ["command", "one_line", "opened"]
+__all__ = ["Declare", "Format", "TrustPickle", "command", "evaluations", "one_line", "opened"]
+
+Format = Annotated[str | None, typer.Option(help="Family of the checkpoint, if it does not say so.")]
+Declare = Annotated[list[str] | None, typer.Option(help="KEY=VALUE that it does not say; may be repeated.")]
+TrustPickle = Annotated[bool, typer.Option("--trust-pickle", help="Run code that is in the file, with your rights.")]
+
+SWITCHES = ("trust_pickle",)
+"""Options that have no --no- form."""
 
 
 @contextmanager
@@ -28,16 +35,21 @@ def one_line(name: str, out: Path) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def opened(source: str, device: str | None) -> tuple[Any, str | None]:
-    """The flow of a checkpoint or of a bundled one's name, on the device of this process; and its name."""
+def opened(
+    source: str, device: str | None, format: str | None, declare: list[str] | None, trust_pickle: bool
+) -> tuple[Any, str | None]:
+    """The flow of a checkpoint or of a bundled one's name, on the device of this process; and the device's name."""
     import torch
 
     from flowsolve import adapters
+    from flowsolve.cli._declared import declared
     from flowsolve.runs.ranks import Rank
 
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     path = adapters.bundled(source) if source in adapters.BUNDLED and not Path(source).exists() else Path(source)
-    return adapters.load(path, device=Rank.here().device(place)), place
+    said = declared(declare or [])
+    here = Rank.here().device(place)
+    return adapters.load(path, format=format, device=here, trust_pickle=trust_pickle, **said), place
 
 
 def command(name: str, arguments: Sequence[str], options: Mapping[str, Any]) -> str:
@@ -45,8 +57,19 @@ def command(name: str, arguments: Sequence[str], options: Mapping[str, Any]) -> 
     words = ["flowsolve", name, *arguments]
     for option, value in options.items():
         flag = option.replace("_", "-")
-        if isinstance(value, bool):
+        if option in SWITCHES:
+            words += [f"--{flag}"] if value else []
+        elif isinstance(value, list):
+            words += [word for entry in value for word in (f"--{flag}", str(entry))]
+        elif isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         elif value is not None:
             words += [f"--{flag}", str(value)]
     return shlex.join(words)
+
+
+def evaluations(cost: Mapping[str, Any]) -> str:
+    """The NFE of a run in words."""
+    if cost["min"] == cost["max"]:
+        return str(cost["min"])
+    return f"{cost['mean']:.4g} on average, {cost['min']} to {cost['max']}"

@@ -42,7 +42,7 @@ def inspect(
         finding = adapters.inspect(place, format=format, trust_pickle=trust_pickle, **declared(declare or []))
         if data is not None and finding.ready:
             flow = finding.flow()
-            report = _check(flow, _data(data, count, flow.data_range))
+            report = _check(flow, _data(data, count, flow))
     except (ImportError, OSError, TypeError, ValueError) as error:
         typer.echo(f"flowsolve inspect: {error}", err=True)
         raise typer.Exit(1) from None
@@ -82,10 +82,15 @@ def rows(finding: Finding) -> list[tuple[str, str]]:
         ("prediction", None if finding.prediction is None else finding.prediction.name),
         ("native time", native or finding.clock or None),
         ("data range", _ends(span) or ("latents" if latent else None)),
+        ("levels", None if finding.levels is None else str(finding.levels)),
         ("latent", latent),
         ("parameters", None if count is None else f"{count:,}"),
     ]
-    return [(what, "not stated" if value is None else value) for what, value in told if what != "latent" or value]
+    return [
+        (what, "not stated" if value is None else value)
+        for what, value in told
+        if what not in ("latent", "levels") or value
+    ]
 
 
 def _show(finding: Finding, report: tuple[bool, str] | None) -> None:
@@ -128,16 +133,22 @@ def _numbers(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float | int) else f"one a channel ({len(value)})"
 
 
-def _data(name: str, count: int, span: tuple[float, float]) -> Tensor:
-    """The first data of a file, or of the digits, as floats; whole numbers 0 … 255 are mapped to the data range."""
+def _data(name: str, count: int, flow: Flow) -> Tensor:
+    """The first data of a file, or of the digits, as floats; integers become states by the flow's transform."""
     import numpy as np
     import torch
+
+    from flowsolve.runs import pictures
+    from flowsolve.transforms import Latent
 
     if name == "digits":
         from flowsolve.problems import digits
 
         images = digits.load("held_out").images[:count]
-        return digits.dequantize(images, torch.Generator().manual_seed(0))
+        if isinstance(flow.transform, Latent):
+            raise ValueError(f"--data digits are images, and the network takes codes, {flow.transform!r}; give codes")
+        u = torch.rand(images.shape, generator=torch.Generator().manual_seed(0))
+        return flow.transform.forward(images + u, digits.LEVELS)
     file = Path(name)
     if file.suffix in (".npy", ".npz"):
         content = np.load(file, allow_pickle=False)
@@ -153,6 +164,4 @@ def _data(name: str, count: int, span: tuple[float, float]) -> Tensor:
     if not isinstance(found, torch.Tensor) or found.ndim < 2:
         raise ValueError(f"{file} holds no array of shape (N, …)")
     found = found[:count]
-    if found.dtype == torch.uint8:
-        return span[0] + (span[1] - span[0]) * (found.float() + 0.5) / 256.0
-    return found.float()
+    return pictures.states(flow, found) if found.dtype == torch.uint8 else found.float()

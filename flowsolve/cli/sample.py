@@ -7,11 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from flowsolve.cli._running import command, one_line, opened
+from flowsolve.cli._running import Declare, Format, TrustPickle, command, evaluations, one_line, opened
 
 
 def sample(
-    source: Annotated[str, typer.Argument(help="Checkpoint directory, or digits-condot or digits-ddpm.")],
+    source: Annotated[str, typer.Argument(help="Checkpoint, or digits-condot or digits-ddpm.")],
     out: Annotated[Path, typer.Option(help="Directory of the run: of its images, grid, arrays and metadata.")],
     solver: Annotated[str, typer.Option(help="Solver and its options, as in unipc:order=3.")] = "auto",
     nfe: Annotated[int | None, typer.Option(min=1, help="Evaluations a sample; the most with adaptive.")] = None,
@@ -35,6 +35,9 @@ def sample(
     ] = None,
     raw: Annotated[bool, typer.Option(help="Keep the numbers beside the pixels.")] = False,
     png: Annotated[bool, typer.Option(help="Write a PNG file for each image.")] = True,
+    format: Format = None,
+    declare: Declare = None,
+    trust_pickle: TrustPickle = False,
     device: Annotated[str | None, typer.Option(help="Device; by default CUDA where there is one.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch, in each process.")] = 1,
     on_error: Annotated[str, typer.Option(help="A sample that fails: stop, or skip it.")] = "stop",
@@ -44,14 +47,15 @@ def sample(
     """Draw samples; stopped at any point, the same command goes on. torchrun shares it."""
     given = {k: v for k, v in locals().items() if k not in ("source", "out", "progress", "resume")}
     with one_line("sample", out):
+        from flowsolve.grids.names import grid as grid_of
         from flowsolve.runs import invert as carry
-        from flowsolve.runs import names
         from flowsolve.runs import sample as draw
+        from flowsolve.solvers.names import solver as solver_of
 
-        method = names.solver(solver)
-        options: dict[str, Any] = {"nfe": nfe, "chart": chart, "grid": None if grid is None else names.grid(grid)}
+        method = solver_of(solver)
+        options: dict[str, Any] = {"nfe": nfe, "chart": chart, "grid": None if grid is None else grid_of(grid)}
         event = None if shape is None else _numbers(shape)
-        flow, place = opened(source, device)
+        flow, place = opened(source, device, format, declare, trust_pickle)
         notes = {"command": command("sample", (source,), given)}
         if invert is not None:
             if init is not None:
@@ -67,10 +71,11 @@ def sample(
     if record is None:
         return
     if record["nfe"]:
-        cost = record["nfe"]
-        typer.echo(f"{record['samples']:,} samples, NFE {cost['mean']:.4g} on average, {cost['min']} to {cost['max']}")
+        typer.echo(f"{record['samples']:,} samples, NFE {evaluations(record['nfe'])}")
     if missing := record["left_out"]:
         typer.echo(f"left out  {len(missing)} (metadata.json says why), the first sample {missing[0]['idx']}")
+    if record["codes"] is not None:
+        typer.echo(f"no pictures: the flow models codes, {record['codes']}; samples.npz holds them as x")
     files = [name for name in ("grid.png", "images/", "samples.npz", "metadata.json") if (out / name).exists()]
     typer.echo(f"{out}: {', '.join(files)}")
 

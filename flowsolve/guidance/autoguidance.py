@@ -105,6 +105,11 @@ class Autoguidance(Extrapolation):
         """Every callable that an estimate may call."""
         return (*self.base.nets, *self.weak.nets)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything, beside `base`, that its estimates depend on."""
+        return {**super().settings, "weak": self.weak}
+
     def require(self, t: float, what: str = "the grid") -> None:
         """Raise SingularEstimate unless both estimates exist at flow time t."""
         super().require(t, what)

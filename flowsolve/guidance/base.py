@@ -37,6 +37,9 @@ __all__ = ["STRAIGHT", "Guided", "Interval", "Schedule", "host", "moved", "strai
 STRAIGHT = Prediction("straight", lambda p: Row(1.0, -1.0))
 """ẑ − ε̂: the velocity in the straight chart."""
 
+PROBED = tuple(0.5 * i for i in range(-24, 25))
+"""Log-SNRs at which two functions of them are compared."""
+
 CAVEAT = (
     "the flow is guided: this is the density of what the guided ODE makes of the prior, not p(x | y), because a guided "
     "field is not the velocity of a family of noised data"
@@ -130,6 +133,14 @@ class Schedule:
         """Whether the scale is the same at all times."""
         return not callable(self.scale) and (self.interval.everywhere or self.scale == self.off)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What there is of it to know; of a function, its values at some noise levels within the interval."""
+        made: dict[str, Any] = {"scale": self.scale, "interval": [self.interval.low, self.interval.high]}
+        if callable(self.scale):
+            made["values"] = [float(self.scale(v)) for v in PROBED if v in self.interval]
+        return made
+
     def weight(self, path: Path, t: Any) -> Any:
         """The scale at flow time t: a float, or a float64 array of the shape of t where it depends on time."""
         if self.constant:
@@ -154,7 +165,8 @@ class Schedule:
 
 
 class Guided(Flow):
-    """A flow made of another, `base`, whose network it calls. A subclass says how, in `call`.
+    """A flow made of another, `base`, whose network it calls. A subclass says how, in `call`, and what it
+    depends on, in `settings`.
 
     Args:
         flow: the flow that is guided.
@@ -186,6 +198,11 @@ class Guided(Flow):
     def nets(self) -> tuple[Any, ...]:
         """Every callable that an estimate may call."""
         return self.base.nets
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything, beside `base`, that its estimates depend on."""
+        raise NotImplementedError
 
     @property
     def caveats(self) -> tuple[str, ...]:

@@ -113,6 +113,11 @@ class ClassifierFree(Extrapolation):
             self._there[device] = tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, self.unconditional)
         return self._there[device]
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything, beside `base`, that its estimates depend on."""
+        return {**super().settings, "unconditional": self.unconditional, "batched": self.batched}
+
     def __repr__(self) -> str:
         calls = "" if self.batched else ", batched=False"
         return f"ClassifierFree({self.base!r}, {self._settings()}{calls})"

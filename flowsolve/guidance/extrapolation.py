@@ -156,6 +156,13 @@ class Extrapolation(Guided):
         """The weaker output as a straight one."""
         return straight(self.base, x, weak, point)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything, beside `base`, that its estimates depend on."""
+        return {
+            **self.schedule.settings, "rule": self.rule, "rescale": self.rescale, "rescale_in": self.rescale_in
+        }  # fmt: skip
+
     def _settings(self) -> str:
         rule = "" if self.rule is None else f", rule={self.rule!r}"
         rescale = f", rescale={self.rescale:g}, rescale_in={self.rescale_in!r}" if self.rescale else ""

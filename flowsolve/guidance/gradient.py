@@ -69,6 +69,11 @@ class _Gradient(Guided):
         """Every callable that an estimate may call."""
         return (*self.base.nets, self.log_prob)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything, beside `base`, that its estimates depend on."""
+        return {**self.schedule.settings, "log_prob": self.log_prob, "evaluations": self.evaluations}
+
     def require(self, t: float, what: str = "the grid") -> None:
         """Raise SingularEstimate unless an estimate exists at flow time t, and is not guided at α = 0."""
         super().require(t, what)
@@ -201,6 +206,11 @@ class Classifier(_Gradient):
         if not callable(time) and time not in clocks:
             raise ValueError(f"time = {time!r}; expected 'flow', 'native' or a function of flow time")
         self._reads: Callable[[Any], Any] = time if callable(time) else clocks[time]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything, beside `base`, that its estimates depend on."""
+        return {**super().settings, "time": [float(self._reads(t)) for t in (0.25, 0.5, 0.75)]}
 
     def _value(
         self,

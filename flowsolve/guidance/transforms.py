@@ -127,6 +127,11 @@ class Transformed(Guided):
             raise ValueError(f"the function of ẑ returned {got} for {tuple(data.shape)}; expected the same shape")
         return moved(straight(self.base, x, found.output, point), point, DATA, made.to(data.dtype) - data)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything, beside `base`, that its estimates depend on."""
+        return {"function": self.function}
+
     def __repr__(self) -> str:
         name = getattr(self.function, "__name__", repr(self.function))
         return f"Transformed({self.base!r}, {name})"

@@ -23,11 +23,14 @@ import torch
 from torch import Tensor
 
 from flowsolve._optional import require
+from flowsolve.transforms import Range
 
-__all__ = ["HELD_OUT", "LEVELS", "Digits", "dequantize", "load", "quantize"]
+__all__ = ["HELD_OUT", "LEVELS", "TRANSFORM", "Digits", "dequantize", "load", "quantize"]
 
 LEVELS = 17
 HELD_OUT = 300
+TRANSFORM = Range(-1.0, 1.0, levels=LEVELS)
+"""Levels to states, as flows of digits declare it."""
 
 
 class Digits(NamedTuple):

@@ -41,11 +41,13 @@ class Data:
         count: how many; None where only the end of an iterator will tell.
         levels: the number of integer levels, where the data say so.
         identity: what makes it the same data set, as plain values.
+        shaded: whether they are picture files, of 256 shades whatever the levels of what they show.
         indexed: whether `read` can be called, in any order.
     """
 
     count: int | None
     levels: int | None = None
+    shaded = False
     identity: dict[str, Any]
     indexed = True
 
@@ -76,6 +78,8 @@ class Data:
 
 class Folder(Data):
     """Image files below a directory, in the order of their paths; or those listed."""
+
+    shaded = True
 
     def __init__(self, root: Path, limit: int | None = None, files: Sequence[Path] | None = None) -> None:
         found = (p for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS and not p.name.startswith("."))

@@ -39,12 +39,14 @@ class Task:
         settings: what decides the results, as plain values.
         columns: name → SQLite type of what is kept of an item; "nfe" is among them.
         value: the column whose mean the progress bar shows; None for none.
+        error: the column of the solver's own error of it; None for none.
     """
 
     name: str
     settings: dict[str, Any]
     columns: Mapping[str, str]
     value: str | None = None
+    error: str | None = None
 
     @property
     def batches(self) -> int | None:
@@ -95,14 +97,14 @@ def execute(
         known = Parts(folder)
         task.resumed(known, out)
         names = ["idx", *task.columns]
-        value, nfe = names.index(task.value) if task.value else None, names.index("nfe")
-        bar.resumed(known.rows(f"{task.value or 'NULL'}, nfe", rank.mine))
+        shown = [names.index(name) if name else None for name in (task.value, "nfe", task.error)]
+        bar.resumed(known.rows(f"{task.value or 'NULL'}, nfe, {task.error or 'NULL'}", rank.mine))
         since = time.perf_counter()
         try:
             for number, rows in task.work(lambda b: rank.mine(b) and b not in known.where):
                 part.commit(number, rows, time.perf_counter() - since)
                 since = time.perf_counter()
-                bar.advance((None if value is None else row[value], row[nfe]) for row in rows)
+                bar.advance([None if i is None else row[i] for i in shown] for row in rows)
         except ItemError as error:
             raise RunError(
                 f"{error}. The {bar.finished} results so far are kept in {out}. Mend it and start the run again to go "

@@ -59,6 +59,7 @@ def invert(
 
     Raises:
         ItemError: an image that cannot be read.
+        ValueError: a flow of codes, which images are not.
         FileExistsError: `out` is not empty.
     """
     out, rank = Path(out), Rank.here()
@@ -80,15 +81,16 @@ def invert(
                 source.origin(index), f"its shape is {tuple(item.shape)}; expected {tuple(items[0].shape)}, the first's"
             )
         items.append(item)
-    x = pictures.data(flow, torch.stack(items), source.levels or pictures.LEVELS).to(device_of(flow.net))
+    x = pictures.states(flow, torch.stack(items), source.levels, shaded=source.shaded).to(device_of(flow.net))
     found: RoundTrip = join([round_trip(flow, part, solver=solver, **options) for part in torch.split(x, batch)])
     with naming(out):
         out.mkdir(parents=True, exist_ok=True)
     kept = {"latent": found.latent, "x": found.x, "data": x, "error": found.error, "psnr": found.psnr, "nfe": found.nfe}
     pictures.save_arrays(out / "latent.npz", {name: _array(value) for name, value in kept.items()})
-    if pictures.is_image(x.shape[1:]):
-        rows = torch.cat([pictures.pixels(flow, v[:SHOWN]) for v in (x, found.x)])
-        pictures.save_grid(out / "round_trip.png", rows, columns=min(SHOWN, len(x)))
+    levels = pictures.levels(flow, x.shape[1:])
+    if levels is not None:
+        rows = torch.cat([flow.transform.pixels(v[:SHOWN]).cpu() for v in (x, found.x)])
+        pictures.save_grid(out / "round_trip.png", pictures.shades(rows, levels), columns=min(SHOWN, len(x)))
     record = {
         "task": "invert",
         **(notes or {}),

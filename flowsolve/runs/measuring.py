@@ -2,7 +2,8 @@ r"""Bits per dimension of a data set.
 
 Each image has a row: its number, name and digest, its bits/dim, the evaluations it cost, and how it ended. The mean
 over the images and its standard error, $s/\sqrt N$, are those of the rows; the error contains the spread of the images,
-of the dequantisation and of the trace probes.
+of the dequantisation and of the trace probes. What an image's own figure errs by, as far as `BitsPerDim` knows it, is
+in its row: the error of the probes, that of the draws, and the solver's estimate of its own, which is no random one.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch import Tensor
 from flowsolve._arguments import device_of
 from flowsolve.flow import Flow
 from flowsolve.likelihood import bits_per_dim
+from flowsolve.likelihood.bits import level_count
+from flowsolve.likelihood.dequantize import Dequantizer
 from flowsolve.runs.data import Data, Item, open_data
 from flowsolve.runs.engine import Task, check_batch, environment, execute, threads
 from flowsolve.runs.errors import ItemError, RunError, keeping
@@ -29,15 +32,15 @@ from flowsolve.runs.report import needed, report
 from flowsolve.runs.settings import digest, fingerprint, spell
 from flowsolve.solution import SolverError
 from flowsolve.solvers.base import Solver
+from flowsolve.transforms import Transform
 
 __all__ = ["nll"]
 
-LEVELS = 256
 CHECKED = 32
 """Finished images that are read again, and compared with their digests, when a run goes on."""
 
 ERRORS = ("probe_stderr", "draw_stderr", "solver_error")
-"""Columns for what `BitsPerDim` says of an image's own errors, where it does."""
+"""Columns for what `BitsPerDim` says of an image's own errors; null where it cannot tell."""
 
 
 def nll(
@@ -45,14 +48,15 @@ def nll(
     data: Any,
     out: str | Path,
     *,
-    solver: Solver,
+    solver: Solver | str = "auto",
     batch: int = 64,
     limit: int | None = None,
     layout: str = "auto",
     bits: int | None = None,
     levels: int | None = None,
-    dequantize: str = "uniform",
+    dequantize: str | Dequantizer = "uniform",
     importance: int = 1,
+    draws: int = 1,
     seed: int = 0,
     device: str | torch.device | None = None,
     cpu_threads: int = 1,
@@ -70,14 +74,16 @@ def nll(
         flow: the flow.
         data: a path, a name, a tensor, a torch Dataset or an iterator; see `flowsolve.runs.data`.
         out: the run's directory: of results.sqlite, report.json and report.png at the end.
-        solver: a solver that `flowsolve.bits_per_dim` takes.
+        solver: "auto", 48 evaluations along a curve unless nfe= says otherwise, or another that `flowsolve.log_prob`
+            takes.
         batch: images of a batch: what the network sees at a time, and what a kill can cost.
         limit: the first so many images only.
         layout: of arrays, "nchw" or "nhwc".
-        bits: bit depth; by default 8, or what the data say.
+        bits: bit depth; by default what the flow's transform fixes, else what the data say, else 8.
         levels: number of levels instead.
         dequantize: see `flowsolve.bits_per_dim`.
         importance: see `flowsolve.bits_per_dim`.
+        draws: see `flowsolve.bits_per_dim`.
         seed: key of the dequantisation and of the trace probes.
         device: where to compute, by default where the network is; "cuda" is that of LOCAL_RANK.
         cpu_threads: threads of torch in a process. Their number decides how sums are rounded, so it is a setting like
@@ -88,7 +94,8 @@ def nll(
         plot: draw report.png (needs matplotlib).
         parquet: write results.parquet too (needs pyarrow).
         notes: kept in the manifest.
-        **options: passed to `flowsolve.bits_per_dim` (trace, probes, nfe, grid, chart, …).
+        **options: passed to `flowsolve.bits_per_dim` (trace, probes, nfe, grid, chart, repeats,
+            tolerance, prior, interval, …).
 
     Returns:
         The report, as in report.json; None where other processes have not finished yet, of which the last makes it.
@@ -97,24 +104,24 @@ def nll(
         RunError: an image cannot be used and on_error is "stop", a file cannot be written, or `out` holds a run with
             other settings. What was finished is kept, and the same call goes on from there.
         FileExistsError: `out` is in use.
-        ValueError: bad options, or images that the flow does not take.
+        ValueError: bad options, images that the flow does not take, or a flow of codes, which has no bits
+            per dimension.
     """
     check_batch(batch, on_error)
     needed(plot, parquet)  # before the work, not after it
     rank, out = Rank.here(), Path(out)
     flow = placed(flow, rank.device(device))
     source = open_data(data, limit=limit, layout=layout)
-    if bits is not None and levels is not None:
-        raise TypeError(f"bits = {bits} and levels = {levels} both say how many levels there are; give one")
-    if levels is None:
-        levels = 2**bits if bits is not None else (source.levels or LEVELS)
-    task = _Reading(flow, source, batch, on_error, levels)
-    task.options = dict(solver=solver, dequantize=dequantize, importance=importance, seed=seed, **options)
+    task = _Reading(flow, source, batch, on_error, _levels(flow, source, bits, levels))
+    task.options = dict(
+        solver=solver, dequantize=dequantize, importance=importance, draws=draws, seed=seed,
+        **{name: value for name, value in options.items() if value is not None},
+    )  # fmt: skip
     task.settings = {
         "flow": fingerprint(flow),
         "data": source.identity,
         "shape": spell(task.shape),
-        "levels": levels,
+        "levels": task.levels,
         "batch": batch,
         **{name: spell(value) for name, value in task.options.items()},
         "device": device_of(flow.net).type,
@@ -124,7 +131,7 @@ def nll(
     if source.count is not None:
         share = sum(min(batch, source.count - b * batch) for b in filter(rank.mine, range(task.batches or 0)))
     name = "nll" if rank.world == 1 else f"nll, rank {rank.number} of {rank.world}"
-    bar = Progress(name, share, unit="bits/dim", show=progress and rank.number == 0)
+    bar = Progress(name, share, unit="bpd", show=progress and rank.number == 0)
     with threads(cpu_threads):
         parts = execute(task, out, rank=rank, resume=resume, bar=bar, notes=notes or {})
         if parts is None:
@@ -134,11 +141,25 @@ def nll(
             return report(parts, out, task.settings, source, machine, columns=task.columns, plot=plot, parquet=parquet)
 
 
+def _levels(flow: Flow, source: Data, bits: int | None, levels: int | None) -> int:
+    """How many levels there are, as the caller, the flow's transform and the data say."""
+    if bits is not None or levels is not None or source.levels is None:
+        return level_count(flow, bits, levels)
+    fixed = flow.transform.levels if isinstance(flow.transform, Transform) else None
+    if fixed not in (None, source.levels):
+        raise ValueError(
+            f"the data have {source.levels} levels, but the flow's transform {flow.transform!r} fixes {fixed}; "
+            "give data that the flow models, or declare its transform="
+        )
+    return level_count(flow, None, source.levels)
+
+
 class _Reading(Task):
     """The task."""
 
     name = "nll"
     value = "bpd"
+    error = "solver_error"
     columns: Mapping[str, str] = {
         **dict(name="TEXT", digest="TEXT", bpd="REAL", nfe="INTEGER", status="TEXT", error="TEXT"),
         **dict.fromkeys(ERRORS, "REAL"),
@@ -207,7 +228,7 @@ class _Reading(Task):
         values = found.bpd.tolist()
         failed |= {i: f"bits/dim is {v}" for i, v in enumerate(values) if not math.isfinite(v) and i not in failed}
         self._stop(images, failed)
-        errors = [getattr(found, name).tolist() if hasattr(found, name) else [None] * len(x) for name in ERRORS]
+        errors = [[v if math.isfinite(v) else None for v in getattr(found, name).tolist()] for name in ERRORS]
         return {
             index: (None, nfe, "failed", failed[i], *[None] * len(ERRORS))
             if i in failed

@@ -14,11 +14,12 @@ __all__ = ["event_shape", "placed"]
 
 
 def placed(flow: Any, device: torch.device | None) -> Flow:
-    """The flow, with its network on a device."""
+    """The flow, with its networks on a device."""
     check_flow(flow, None)
     assert isinstance(flow, Flow)
-    if device is not None and isinstance(flow.net, nn.Module):
-        flow.net.to(device)
+    for net in flow.nets if device is not None else ():
+        if isinstance(net, nn.Module):
+            net.to(device)
     return flow
 
 

@@ -1,4 +1,9 @@
-"""Samples as pictures: pixels, PNG files and grids of them, and arrays written piece by piece."""
+r"""Samples as pictures, by the transform the flow declares: levels, PNG files and grids of them, and arrays of them.
+
+A state becomes the level whose cell holds it, and an integer the middle of its cell (`flowsolve.transforms`). Picture
+files have 256 shades: of L levels, level k is shade $255k/(L-1)$, rounded, and a shade is read as the nearest level.
+With 256 levels they are the same. A flow of codes (`Latent`) has no pictures.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +20,11 @@ from torch import Tensor
 from flowsolve.flow import Flow
 from flowsolve.runs.files import replacing
 from flowsolve.runs.images import pillow
+from flowsolve.transforms import Latent, Transform
 
-__all__ = ["data", "is_image", "pixels", "save_arrays", "save_grid", "save_png"]
+__all__ = ["is_image", "levels", "save_arrays", "save_grid", "save_png", "shades", "states"]
 
-LEVELS = 256
+SHADES = 256
 TILE = 32
 """The least size of an image in a grid."""
 
@@ -28,18 +34,47 @@ def is_image(shape: Sequence[int]) -> bool:
     return len(shape) == 3 and shape[0] in (1, 3)
 
 
-def pixels(flow: Flow, x: Tensor) -> Tensor:
-    """Images as uint8: the level whose cell holds x, of 256 on the flow's data range."""
-    low, high = flow.data_range
-    return ((x.double().cpu() - low) * (LEVELS / (high - low))).floor().clamp(0, LEVELS - 1).to(torch.uint8)
+def levels(flow: Flow, shape: Sequence[int]) -> int | None:
+    """How many levels the pixels of samples have; None where these are no pictures."""
+    return flow.transform.count() if is_image(shape) and isinstance(flow.transform, Transform) else None
 
 
-def data(flow: Flow, images: Tensor, levels: int) -> Tensor:
-    """Integer images as data, float32: the middle of each level's cell."""
+def states(flow: Flow, images: Tensor, count: int | None = None, *, shaded: bool = False) -> Tensor:
+    """Integer images as the flow's states, float32: the middle of each level's cell.
+
+    Args:
+        flow: the flow; its transform says where the levels are.
+        images: integers of shape (N, *S).
+        count: how many levels they have, where the data say so.
+        shaded: they are of a picture file, of 256 shades.
+
+    Raises:
+        ValueError: a flow of codes, or integers that are no levels.
+        TypeError: images that are not integers.
+    """
+    transform = flow.transform
+    if isinstance(transform, Latent):
+        raise ValueError(
+            f"the flow models codes of an autoencoder ({transform!r}), and these are images; encode them and begin "
+            "with fs.sample(flow, start=…) or fs.encode(flow, flow.transform.forward(codes))"
+        )
     if images.is_floating_point() or images.dtype == torch.bool:
-        raise TypeError(f"the images are {images.dtype}; expected integers 0 … {levels - 1}")
-    low, high = flow.data_range
-    return (low + (images.double() + 0.5) * ((high - low) / levels)).float()
+        raise TypeError(f"the images are {images.dtype}; expected integers 0 … {transform.count(count) - 1}")
+    count = transform.count(count)
+    k = (images.double() * ((count - 1) / (SHADES - 1))).round() if shaded else images.double()
+    if k.numel() and not 0 <= float(k.min()) <= float(k.max()) < count:
+        raise ValueError(
+            f"the images run from {int(images.min())} to {int(images.max())}; expected the levels 0 … {count - 1} of "
+            f"{transform!r}"
+        )
+    return transform.forward(k + 0.5, count).float()
+
+
+def shades(image: Tensor, count: int) -> Tensor:
+    """Levels as the uint8 shades of a picture file."""
+    if count == SHADES:
+        return image.to(torch.uint8)
+    return (image.double() * ((SHADES - 1) / (count - 1))).round().to(torch.uint8)
 
 
 def save_png(file: Path, image: Tensor) -> None:

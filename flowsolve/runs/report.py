@@ -75,19 +75,21 @@ def merge(parts: Parts, file: Path, columns: Mapping[str, str]) -> None:
 
 def summary(parts: Parts) -> dict[str, Any]:
     """Mean and spread of the bits/dim, evaluations, the extremes, and what failed."""
-    rows = list(parts.rows("idx, name, bpd, nfe, status, error, probe_stderr, draw_stderr"))
+    rows = list(parts.rows("idx, name, bpd, nfe, status, error, probe_stderr, draw_stderr, solver_error"))
     good = [row for row in rows if row[2] is not None]
     values = [row[2] for row in good]
     n = len(values)
     mean = math.fsum(values) / n if n else math.nan
     spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else math.nan
     cost = [row[3] for row in good]
+    solver = [row[8] for row in good if row[8] is not None]
     ranked = sorted(good, key=lambda row: (row[2], row[0]))
     return {
         "mean": mean,
         "stderr": spread,
         "mean_probe_stderr": _together([row[6] for row in good]),
         "mean_draw_stderr": _together([row[7] for row in good]),
+        "mean_abs_solver_error": math.fsum(map(abs, solver)) / len(solver) if solver else None,
         "median": median(values) if n else math.nan,
         "images": n,
         "nfe": {
@@ -135,11 +137,13 @@ def _draw(file: Path, parts: Parts, found: Mapping[str, Any], source: Data) -> N
     ax.set_xlabel("bits/dim")
     ax.set_ylabel("images")
     ax.spines[["top", "right"]].set_visible(False)
+    error = found["mean_abs_solver_error"]
+    own = "" if error is None else f", solver {error:.4f}"
     if values:
         ax.axvline(found["mean"], color="tab:red", linewidth=1.5)
         ax.set_title(
             f"{found['mean']:.4f} ± {found['stderr']:.4f} bits/dim, {found['images']:,} images, "
-            f"NFE {found['nfe']['mean']:.4g}",
+            f"NFE {found['nfe']['mean']:.4g}{own}",
             fontsize=11,
         )
     if source.indexed and values:

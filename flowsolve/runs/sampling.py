@@ -1,7 +1,8 @@
 r"""Samples by the thousand, and what becomes of images: noised in part and denoised again.
 
-Sample i is a function of the settings and its number. What is kept is its pixels, of 256 levels on the flow's data
-range; with `raw=True`, and of samples that are no images, the numbers themselves.
+Sample i is a function of the settings and its number. What is kept is its pixels, the levels of the flow's transform
+(256 where it fixes none; `flowsolve.runs.pictures`); with `raw=True`, and of samples that are no images or codes of an
+autoencoder, the numbers themselves.
 
 **Strength.** A run from images starts at the flow time t at which the share of noise in the state is the strength s,
 
@@ -41,6 +42,7 @@ from flowsolve.runs.progress import Progress
 from flowsolve.runs.ranks import Rank
 from flowsolve.runs.settings import digest, fingerprint, spell, versions
 from flowsolve.solvers import Auto, Solver
+from flowsolve.transforms import Latent
 
 __all__ = ["sample", "start_time"]
 
@@ -75,7 +77,7 @@ def sample(
     Args:
         flow: the flow.
         n: how many.
-        out: the run's directory: of images/, grid.png, samples.npz and metadata.json.
+        out: the run's directory: of images/, grid.png, samples.npz and metadata.json; of a flow of codes no pictures.
         solver: see `flowsolve.sample`.
         nfe: see `flowsolve.sample`.
         seed: key of all noise.
@@ -114,9 +116,10 @@ def sample(
     event = _event(flow, shape, source)
     task = _Drawing(flow, n, event, batch, on_error)
     task.options = dict(solver=solver, nfe=nfe, seed=seed, **options)
-    task.raw = raw or not pictures.is_image(event)
-    task.folder = out / "images" if png and pictures.is_image(event) else None
-    if pictures.is_image(event):
+    task.levels = pictures.levels(flow, event)
+    task.raw = raw or task.levels is None
+    task.folder = out / "images" if png and task.levels is not None else None
+    if task.levels is not None:
         pillow()  # before the work, not after it
     beginning: dict[str, Any] = {}
     if source is not None and strength is not None:
@@ -172,6 +175,7 @@ class _Drawing(Task):
     columns: Mapping[str, str] = dict(nfe="INTEGER", status="TEXT", error="TEXT", pixels="BLOB", x="BLOB")
     options: dict[str, Any]
     raw: bool
+    levels: int | None
     folder: Path | None
     images: Tensor | None = None
     start: float
@@ -208,13 +212,13 @@ class _Drawing(Task):
                 rows.append((index, nfe[i], "failed", messages[i], None, None))
                 continue
             kept = None
-            if pictures.is_image(self.event):
-                (pixels,) = pictures.pixels(self.flow, solution.x[i : i + 1])
+            if self.levels is not None:
+                (pixels,) = self.flow.transform.pixels(solution.x[i : i + 1]).cpu()
                 kept = pixels.permute(1, 2, 0).contiguous().numpy().tobytes()
                 if self.folder is not None:
                     with naming(self.folder):
                         self.folder.mkdir(parents=True, exist_ok=True)
-                    pictures.save_png(self.folder / f"{index:06d}.png", pixels)
+                    pictures.save_png(self.folder / f"{index:06d}.png", pictures.shades(pixels, self.levels))
             values = solution.x[i].float().cpu().contiguous().numpy().tobytes() if self.raw else None
             rows.append((index, nfe[i], "success", None, kept, values))
         return rows
@@ -242,7 +246,7 @@ def _loaded(flow: Flow, source: Data, event: tuple[int, ...]) -> Tensor:
         if tuple(item.shape) != event:
             raise ItemError(source.origin(index), f"its shape is {tuple(item.shape)}; expected {event}")
         found.append(item)
-    return pictures.data(flow, torch.stack(found), source.levels or pictures.LEVELS)
+    return pictures.states(flow, torch.stack(found), source.levels, shaded=source.shaded)
 
 
 def _finish(parts: Parts, out: Path, task: _Drawing, notes: dict[str, Any]) -> dict[str, Any]:
@@ -262,17 +266,18 @@ def _finish(parts: Parts, out: Path, task: _Drawing, notes: dict[str, Any]) -> d
                 content.update(value)
                 yield value
 
-    if pictures.is_image(task.event):
+    if task.levels is not None:
         c, h, w = task.event
-        arrays["images"] = ((len(good), h, w, c), np.uint8, column("pixels"))
+        dtype: Any = np.uint8 if task.levels <= 256 else np.int32
+        arrays["images"] = ((len(good), h, w, c), dtype, column("pixels"))
         shown: list[Tensor] = []
         for status, value in parts.rows("status, pixels"):
             if len(shown) == SHOWN:
                 break
             if status == "success":
-                shown.append(torch.from_numpy(np.frombuffer(value, np.uint8).reshape(h, w, c).copy()).permute(2, 0, 1))
+                shown.append(torch.from_numpy(np.frombuffer(value, dtype).reshape(h, w, c).copy()).permute(2, 0, 1))
         if shown:
-            pictures.save_grid(out / "grid.png", torch.stack(shown))
+            pictures.save_grid(out / "grid.png", pictures.shades(torch.stack(shown), task.levels))
     if task.raw:
         arrays["x"] = ((len(good), *task.event), np.float32, column("x"))
     pictures.save_arrays(out / "samples.npz", arrays)
@@ -280,6 +285,8 @@ def _finish(parts: Parts, out: Path, task: _Drawing, notes: dict[str, Any]) -> d
         "task": "sample",
         **notes,
         "samples": len(good),
+        "levels": task.levels,
+        "codes": repr(task.flow.transform) if isinstance(task.flow.transform, Latent) else None,
         "digest": content.hexdigest(),
         "nfe": {"mean": float(nfe.mean()), "min": int(nfe.min()), "max": int(nfe.max())} if len(good) else None,
         "left_out": [{"idx": row[0], "error": row[3]} for row in table if row[2] != "success"],

@@ -14,21 +14,37 @@ from torch import Tensor, nn
 
 from flowsolve._version import __version__
 from flowsolve.flow import Flow
+from flowsolve.guidance import Guided
+from flowsolve.transforms import Chain
 
 __all__ = ["digest", "fingerprint", "spell", "versions"]
 
+CLOCK = (0.25, 0.5, 0.75)
+"""Flow times at which clocks are compared."""
+
 
 def spell(value: Any) -> Any:
-    """A setting as JSON can hold it, the same in every process: a dataclass by its name and what is not a default.
+    """A setting as JSON can hold it, the same in every process.
+
+    A dataclass is its name and what is not a default, a network its name and the digest of its weights, a function its
+    name.
 
     Examples:
-        >>> fs.runs.settings.spell(fs.solvers.Dopri5(rtol=1e-4))
+        >>> from flowsolve.runs.settings import spell
+        >>> spell(fs.solvers.Dopri5(rtol=1e-4))
         'Dopri5(rtol=0.0001)'
     """
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else repr(value)
+    if isinstance(value, Flow):
+        return fingerprint(value)
+    if isinstance(value, nn.Module):
+        state = sorted((k, v) for k, v in value.state_dict().items() if isinstance(v, Tensor))
+        return {"net": type(value).__qualname__, "weights": digest(*(v for _, v in state))}
+    if isinstance(value, Chain):
+        return [spell(value.first), *map(spell, value.maps), spell(value.ends())]
     if isinstance(value, Tensor | np.ndarray):
         return {"tensor": list(value.shape), "digest": digest(value)}
     if is_dataclass(value) and not isinstance(value, type):
@@ -67,24 +83,20 @@ def digest(*tensors: Tensor | np.ndarray[Any, Any]) -> str:
 
 
 def fingerprint(flow: Flow) -> dict[str, Any]:
-    """What makes a flow the same flow: its conventions, and the digest of its network's parameters and buffers.
+    """What makes a flow the same flow: its conventions, its transform, and the digest of its network's parameters and
+    buffers; of a guided flow, its settings and the flows that it is made of.
 
-    A network without parameters is known by its name alone.
+    A function is known by its name alone; a clock, and a scale that depends on the noise level, by some of its values.
     """
-    net = flow.net
-    weights = None
-    if isinstance(net, nn.Module):
-        state = sorted((k, v) for k, v in net.state_dict().items() if isinstance(v, Tensor))
-        weights = digest(*(v for _, v in state))
-    return {
-        "flow": repr(flow),
-        "net": spell(net) if weights is None else f"{type(net).__qualname__}",
-        "weights": weights,
-        "clock": [float(flow.clock(t)) for t in (0.25, 0.5, 0.75)],
-        "data_range": list(flow.data_range),
-        "dtype": str(flow.dtype),
-        "nfe_per_call": flow.nfe_per_call,
-    }
+    found: dict[str, Any] = {"flow": type(flow).__name__}
+    if isinstance(flow, Guided):
+        found |= {"base": fingerprint(flow.base), "settings": spell(flow.settings)}
+    else:
+        found["flow"] = repr(flow)
+        found |= spell(flow.net) if isinstance(flow.net, nn.Module) else {"net": spell(flow.net), "weights": None}
+        found["clock"] = [float(flow.clock(t)) for t in CLOCK]
+        found["dtype"] = str(flow.dtype)
+    return {**found, "transform": spell(flow.transform), "nfe_per_call": list(flow.nfe_range)}
 
 
 def versions() -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -139,6 +140,22 @@ class Chain(Transform):
         for m in self.maps:
             reached = m.forward(reached)
         return float(reached.min()), float(reached.max())
+
+
+def numbers(value: Any) -> Any:
+    """A number as it is; several as a tuple, hashable and nobody's to change."""
+    return tuple(float(v) for v in value) if isinstance(value, Tensor | Sequence) else value
+
+
+def channels(value: float | Sequence[float], like: Tensor, whose: Any) -> Tensor:
+    """One number, or one a channel, in a shape that broadcasts to (B, C, …)."""
+    c = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    if c.ndim == 0:
+        return c
+    if like.ndim < 2 or like.shape[1] != len(c):
+        kind = type(whose).__name__
+        raise ValueError(f"{len(c)} channels of {kind} met states of shape {tuple(like.shape)}; expected (B, C, …)")
+    return c.reshape(-1, *[1] * (like.ndim - 2))
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+
+from flowsolve.transforms.base import channels, numbers
 
 __all__ = ["Elementwise", "Logit", "Normalize"]
 
@@ -26,11 +27,9 @@ class Normalize:
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
-            value = getattr(self, name)
-            if isinstance(value, Tensor | Sequence):  # hashable, and nobody's to change
-                object.__setattr__(self, name, tuple(float(v) for v in value))
-        numbers = self.std if isinstance(self.std, tuple) else (self.std,)
-        if not all(math.isfinite(s) and s > 0 for s in numbers):
+            object.__setattr__(self, name, numbers(getattr(self, name)))
+        stds = self.std if isinstance(self.std, tuple) else (self.std,)
+        if not all(math.isfinite(s) and s > 0 for s in stds):
             raise ValueError(f"std = {self.std!r}; expected finite numbers > 0")
 
     @property
@@ -40,15 +39,15 @@ class Normalize:
 
     def forward(self, y: Tensor) -> Tensor:
         """(y − mean)/std."""
-        return (y - _channels(self.mean, y)) / _channels(self.std, y)
+        return (y - channels(self.mean, y, self)) / channels(self.std, y, self)
 
     def inverse(self, x: Tensor) -> Tensor:
         """mean + std·x."""
-        return _channels(self.mean, x) + _channels(self.std, x) * x
+        return channels(self.mean, x, self) + channels(self.std, x, self) * x
 
     def log_slope(self, y: Tensor) -> Tensor:
         """−log std."""
-        return -_channels(self.std, y).log()
+        return -channels(self.std, y, self).log()
 
 
 @dataclass(frozen=True)
@@ -111,13 +110,3 @@ class Elementwise:
     def log_slope(self, y: Tensor) -> Tensor:
         """log_derivative(y)."""
         return self.log_derivative(y)
-
-
-def _channels(numbers: float | Sequence[float], like: Tensor) -> Tensor:
-    """One number, or one a channel, in a shape that broadcasts to (B, C, …)."""
-    c = torch.as_tensor(numbers, dtype=like.dtype, device=like.device)
-    if c.ndim == 0:
-        return c
-    if like.ndim < 2 or like.shape[1] != len(c):
-        raise ValueError(f"{len(c)} channels of Normalize met states of shape {tuple(like.shape)}; expected (B, C, …)")
-    return c.reshape(-1, *[1] * (like.ndim - 2))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from flowsolve.transforms.base import Transform
+from flowsolve.transforms.base import Transform, channels, numbers
 
 __all__ = ["Latent", "Range"]
 
@@ -72,24 +73,27 @@ class Latent:
     decoder is not invertible, and what it adds to the likelihood is no part of the flow. `bits_per_dim` says so.
 
     Attributes:
-        scale: the factor (0.18215 of Stable Diffusion's autoencoder).
-        shift: what is subtracted first, a number.
+        scale: the factor (0.18215 of Stable Diffusion's autoencoder), a number or one a channel.
+        shift: what is subtracted first, a number or one a channel.
     """
 
-    scale: float
-    shift: float = 0.0
+    scale: float | Sequence[float]
+    shift: float | Sequence[float] = 0.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.scale) and self.scale != 0.0 and math.isfinite(self.shift)):
+        for name in ("scale", "shift"):
+            object.__setattr__(self, name, numbers(getattr(self, name)))
+        scales, shifts = (v if isinstance(v, tuple) else (v,) for v in (self.scale, self.shift))
+        if not all(math.isfinite(s) and s != 0.0 for s in scales) or not all(map(math.isfinite, shifts)):
             raise ValueError(f"scale = {self.scale!r}, shift = {self.shift!r}; expected finite numbers, scale not 0")
 
     def forward(self, code: Tensor) -> Tensor:
         """The state of a code."""
-        return (code - self.shift) * self.scale
+        return (code - channels(self.shift, code, self)) * channels(self.scale, code, self)
 
     def inverse(self, x: Tensor) -> Tensor:
         """The code of a state, for the decoder."""
-        return x / self.scale + self.shift
+        return x / channels(self.scale, x, self) + channels(self.shift, x, self)
 
     def pixels(self, x: Tensor, levels: int | None = None) -> Tensor:
         """Raises ValueError: a code is decoded first."""

@@ -332,12 +332,75 @@ def test_a_declared_path_behind_preconditioning() -> None:
 
 def test_latents_with_a_mean_and_a_spread_for_each_channel(tmp_path: Path) -> None:
     """(encoded − mean) · scaling_factor / std, as Playground's and Wan's pipelines have it."""
-    vae = {"scaling_factor": 0.5, "latents_mean": [0.1, -0.2], "latents_std": [2.0, 4.0]}
+    vae = {"scaling_factor": 0.5, "latents_mean": [0.1, -0.2, 0.0, 1.0], "latents_std": [2.0, 4.0, 1.0, 0.5]}
     root = saved(tmp_path / "m", "unet", tiny.unet_condition(), diffusers.DDPMScheduler(), "Pipeline", vae)
     finding = adapters.inspect(root)
-    assert finding.latent_scale == (0.25, 0.125)
-    assert finding.latent_shift == (0.1, -0.2)
-    assert finding.summary()["latent_scale"] == [0.25, 0.125]
+    assert finding.latent_scale == (0.25, 0.125, 0.5, 1.0)
+    assert finding.latent_shift == (0.1, -0.2, 0.0, 1.0)
+    assert finding.summary()["latent_scale"] == [0.25, 0.125, 0.5, 1.0]
+    transform = finding.flow().transform
+    code = normal(2, 4, 3, 3)
+    mean, std = (torch.tensor(vae[k]).reshape(1, 4, 1, 1) for k in ("latents_mean", "latents_std"))
+    torch.testing.assert_close(transform.forward(code), (code - mean) * 0.5 / std)
+    torch.testing.assert_close(transform.inverse(transform.forward(code)), code)
+    with pytest.raises(ValueError, match=r"4 channels of Latent met states of shape \(2, 3, 3, 3\); expected \(B, C"):
+        transform.forward(code[:, :3])
+
+
+@pytest.mark.parametrize(
+    ("vae", "right"),
+    [
+        ({"scaling_factor": 0.13025}, fs.transforms.Latent(0.13025)),
+        ({"scaling_factor": 1.5305, "shift_factor": 0.0609}, fs.transforms.Latent(1.5305, 0.0609)),
+        ({}, fs.transforms.Latent(diffusers.AutoencoderKL().config.scaling_factor)),  # older than the entry
+        ({"_class_name": "AutoencoderOfOurs"}, fs.transforms.Range()),  # says nothing, so nothing is claimed
+    ],
+)
+def test_a_flow_of_codes_declares_them(tmp_path: Path, vae: dict[str, Any], right: Any) -> None:
+    root = saved(tmp_path / "m", "unet", tiny.unet_condition(), diffusers.DDPMScheduler(), "Pipeline", vae)
+    assert adapters.load(root).transform == right
+    mine = fs.transforms.Range(0.0, 1.0, levels=32)
+    finding = adapters.inspect(root, transform=mine)
+    assert finding.flow().transform is mine
+    assert (finding.data_range, finding.levels, finding.latent_scale) == ((0.0, 1.0), 32, None)
+
+
+@pytest.mark.parametrize("name", adapters.BUNDLED)
+def test_bundled_checkpoints_declare_their_17_levels(name: str) -> None:
+    flow = adapters.load(adapters.bundled(name))
+    assert flow.transform == fs.transforms.Range(-1.0, 1.0, levels=17)
+    k = torch.randint(0, 17, (3, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    one, two = (fs.bits_per_dim(flow, k, nfe=16, seed=1, **said).bpd for said in ({}, {"levels": 17}))
+    assert torch.equal(one, two)
+    finding = adapters.inspect(adapters.bundled(name), data_range=(0.0, 1.0))
+    assert finding.flow().transform == fs.transforms.Range(0.0, 1.0, levels=17)
+
+
+@pytest.mark.parametrize(
+    "record",
+    ["{", "[]", "{}", '{"recipe": {"data": "digits"}}', '{"recipe": "digits", "versions": {"flowsolve": "1"}}',
+     '{"recipe": {"data": "faces"}, "versions": {"flowsolve": "1"}}'],
+)  # fmt: skip
+def test_a_record_of_another_program_says_nothing(tmp_path: Path, record: str) -> None:
+    root = saved(tmp_path / "m", "unet", tiny.unet(), diffusers.DDPMScheduler(), "DDPMPipeline")
+    (root / "training.json").write_text(record)
+    finding = adapters.inspect(root)
+    assert finding.levels is None
+    assert finding.flow().transform == fs.transforms.Range()
+
+
+@pytest.mark.parametrize(
+    ("said", "error", "words"),
+    [
+        ({"data_range": (0, 1), "transform": fs.transforms.Range()}, TypeError, "say the same; declare one"),
+        ({"transform": (0, 1)}, TypeError, r"transform is \(0, 1\); expected a flowsolve.transforms object"),
+        ({"data_range": 3}, ValueError, r"data_range = 3; expected two numbers \(low, high\)"),
+        ({"data_range": (1, 0)}, ValueError, "expected finite numbers with low < high"),
+    ],
+)
+def test_transforms_that_are_none(said: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        adapters.load(adapters.bundled("digits-ddpm"), **said)
 
 
 def test_a_scheduler_made_from_the_pipeline_s_own() -> None:

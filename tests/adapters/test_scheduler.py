@@ -721,9 +721,11 @@ def test_a_function_among_the_settings_is_not_saved(tmp_path: Path) -> None:
 
 
 def test_every_name_is_a_solver_that_runs() -> None:
-    from flowsolve.adapters.diffusers.settings import NAMES
+    from flowsolve.solvers.names import SOLVERS
 
-    for name in (*NAMES, "DPMSolver++", "sde-dpmsolver++", "UniPC"):
+    fixed = [n for n, kind in SOLVERS.items() if not issubclass(kind, solvers.Adaptive) and kind is not solvers.Churn]
+    assert len(fixed) > 20
+    for name in (*fixed, "DPMSolver++", "sde-dpmsolver++", "UniPC:order=2"):
         s = Scheduler.from_config(DDIM_CONFIG, solver=name)
         s.set_timesteps(3)
         assert torch.isfinite(loop(s, noise())).all()

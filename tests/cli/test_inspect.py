@@ -13,7 +13,9 @@ import torch
 from flowsolve import adapters
 from flowsolve.cli import build
 from flowsolve.cli._declared import declared
+from flowsolve.flow import Flow
 from flowsolve.paths import VP, CondOT
+from flowsolve.transforms import Latent
 from tests.adapters import tiny
 from tests.adapters.tiny import ADM
 
@@ -48,7 +50,7 @@ def test_bundled_checkpoints_at_80_columns(name: str) -> None:
     assert all(len(line.rstrip()) <= 80 for line in result.output.splitlines()[1:])  # the first is the directory
     found = table(result.output)
     assert (found["format"], found["confidence"], found["parameters"]) == ("diffusers", "1.00", "463,249")
-    assert found["data range"] == "−1 … 1"
+    assert (found["data range"], found["levels"]) == ("−1 … 1", "17")
     assert found["check"].startswith("the declared conventions fit: relative error 0.5")
     if name == "digits-ddpm":
         assert found["path"] == "Discrete, 1000 steps, ᾱ from 0.9999 to 4.03583e-05"
@@ -132,23 +134,32 @@ def test_data_files(tmp_path: Path) -> None:
 
     from flowsolve.cli.inspect import _data
 
+    flow = Flow(lambda x, t: x, CondOT())
     images = torch.arange(48, dtype=torch.uint8).reshape(3, 1, 4, 4)
     np.save(tmp_path / "a.npy", images.numpy())
     np.savez(tmp_path / "b.npz", x=images.numpy())
     torch.save(images, tmp_path / "c.pt")
     save_file({"x": images}, str(tmp_path / "d.safetensors"))
     for name in ("a.npy", "b.npz", "c.pt", "d.safetensors"):
-        found = _data(str(tmp_path / name), 2, (-1.0, 1.0))
+        found = _data(str(tmp_path / name), 2, flow)
         assert torch.equal(found, (images[:2].float() + 0.5) / 128.0 - 1.0)
     floats = torch.randn(3, 2)
     torch.save(floats, tmp_path / "e.pt")
-    assert torch.equal(_data(str(tmp_path / "e.pt"), 5, (0.0, 1.0)), floats)
+    assert torch.equal(_data(str(tmp_path / "e.pt"), 5, flow), floats)
     torch.save({"x": floats}, tmp_path / "f.pt")
     with pytest.raises(ValueError, match=r"f.pt holds no array"):
-        _data(str(tmp_path / "f.pt"), 5, (0.0, 1.0))
+        _data(str(tmp_path / "f.pt"), 5, flow)
+    codes = Flow(lambda x, t: x, CondOT(), transform=Latent(0.5))
+    for name, words in (
+        ("digits", "--data digits are images, .* takes codes"),
+        ("a.npy", "models codes of an auto"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            _data(name if name == "digits" else str(tmp_path / name), 2, codes)
 
 
 def test_declarations() -> None:
     said = declared(["path=VP(0.2, beta_max=16)", "steps=4000", "schedule=cosine", "rescale_timesteps=True"])
     assert said == {"path": VP(0.2, 16), "steps": 4000, "schedule": "cosine", "rescale_timesteps": True}
     assert declared(["path=CondOT"]) == {"path": CondOT()}
+    assert declared(["transform=Latent((0.5, 2), shift=1)"]) == {"transform": Latent((0.5, 2.0), 1)}

@@ -31,7 +31,7 @@ def test_nll_of_held_out_digits(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     flow = fs.adapters.load(fs.adapters.bundled("digits-condot"))
     images = fs.problems.digits.load("held_out").images[:24]
-    right = fs.bits_per_dim(flow, images, levels=17, solver=fs.solvers.Heun(), nfe=8, seed=1)
+    right = fs.bits_per_dim(flow, images, solver=fs.solvers.Heun(), nfe=8, seed=1)
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["mean"] == pytest.approx(right.mean, abs=1e-4)
     assert report["stderr"] == pytest.approx(right.stderr, rel=1e-3)
@@ -49,6 +49,60 @@ def test_nll_of_held_out_digits(tmp_path: Path) -> None:
     assert "begun with other settings (seed: 1 → 2)" in " ".join(again.output.split())
 
 
+def test_nll_needs_no_solver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """48 evaluations along a curve, every figure with its errors: in the table, the report, the bar and the summary."""
+    monkeypatch.setenv("COLUMNS", "80")
+    options = ["--limit", 6, "--trace", "xtrace", "--probes", 4, "--draws", 2, "--repeats", 2, "--prior", "marginal"]
+    result = run("nll", "digits-ddpm", "digits:held_out", *options, "--no-plot", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    flow = fs.adapters.load(fs.adapters.bundled("digits-ddpm"))
+    images = fs.problems.digits.load("held_out").images[:6]
+    right = fs.bits_per_dim(flow, images, trace="xtrace", probes=4, draws=2, repeats=2, prior="marginal")
+    with sqlite3.connect(tmp_path / "results.sqlite") as db:
+        rows = db.execute("SELECT bpd, nfe, probe_stderr, draw_stderr, solver_error FROM items").fetchall()
+    found = (right.bpd, right.nfe, right.probe_stderr, right.draw_stderr, right.solver_error)
+    for mine, theirs in zip(zip(*rows, strict=True), found, strict=True):
+        assert mine == pytest.approx(theirs.tolist(), abs=2e-5)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["nfe"]["mean"] == 96.0
+    assert report["settings"]["levels"] == 17
+    error = float(right.solver_error.abs().mean())
+    assert report["mean_abs_solver_error"] == pytest.approx(error, abs=1e-5)
+    assert f"solver    {error:.4f} bits/dim, its error by its own estimate" in result.output
+    lines = result.stderr.replace("\r", "\n").splitlines()
+    assert f"{report['mean']:.4f} ± {report['stderr']:.4f} bpd, NFE 96, solver {error:.4f}" in lines[-1]
+    assert max(map(len, lines)) <= 80
+
+
+def test_checkpoints_may_be_declared(tmp_path: Path) -> None:
+    """As `flowsolve inspect` has it; the command in the metadata declares the same again."""
+    given = ["--format", "diffusers", "--declare", "transform=Range(-1, 1, levels=4)", "--declare", "distilled=False"]
+    common = ["--solver", "ddim", "--nfe", 3, "--n", 2, "--no-progress"]
+    result = run("sample", "digits-ddpm", *given, *common, "--out", tmp_path / "a")
+    assert result.exit_code == 0, result.output
+    record = json.loads((tmp_path / "a/metadata.json").read_text())
+    assert record["levels"] == 4
+    with np.load(tmp_path / "a/samples.npz") as held:
+        assert set(np.unique(held["images"])) <= {0, 1, 2, 3}
+    assert run(*shlex.split(record["command"])[1:], "--no-progress", "--out", tmp_path / "b").exit_code == 0
+    assert json.loads((tmp_path / "b/metadata.json").read_text())["digest"] == record["digest"]
+    read = ["nll", "digits-ddpm", "digits", "--declare", "transform=Range(-1, 1, levels=4)", "--no-progress"]
+    result = run(*read, "--out", tmp_path / "c")
+    assert result.exit_code == 1
+    assert "the data have 17 levels, but the flow's transform" in " ".join(result.output.split())
+
+
+def test_codes_have_no_pictures_and_no_bits(tmp_path: Path) -> None:
+    declared = ["digits-condot", "--declare", "transform=Latent(0.18215)", "--no-progress"]
+    made = run("sample", *declared, "--solver", "ddim", "--nfe", 3, "--n", 2, "--out", tmp_path / "a")
+    assert made.exit_code == 0, made.output
+    assert "no pictures: the flow models codes, Latent(scale=0.18215, shift=0.0); samples.npz" in made.output
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {"metadata.json", "parts", "run.json", "samples.npz"}
+    read = run("nll", *declared[:1], "digits", *declared[1:], "--out", tmp_path / "b")
+    assert read.exit_code == 1
+    assert "its images have no bits per dimension" in " ".join(read.output.split())
+
+
 def test_the_progress_bar_fits_80_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It says what is found: the mean of what is finished, its error, and the NFE."""
     monkeypatch.setenv("COLUMNS", "80")
@@ -59,7 +113,7 @@ def test_the_progress_bar_fits_80_columns(tmp_path: Path, monkeypatch: pytest.Mo
     lines = result.stderr.replace("\r", "\n").splitlines()
     assert max(map(len, lines)) <= 80
     report = json.loads((tmp_path / "report.json").read_text())
-    assert f"{report['mean']:.4f} ± {report['stderr']:.4f} bits/dim, NFE 8" in lines[-1]
+    assert f"{report['mean']:.4f} ± {report['stderr']:.4f} bpd, NFE 8" in lines[-1]
     assert "24/24" in lines[-1]
 
 
@@ -67,10 +121,10 @@ def test_sample_writes_what_its_metadata_reproduces(tmp_path: Path) -> None:
     options = ["--solver", "unipc:order=2", "--nfe", 6, "--n", 9, "--seed", 3, "--batch", 4, "--grid", "log_snr"]
     result = run("sample", "digits-ddpm", *options, "--no-progress", "--out", tmp_path / "a")
     assert result.exit_code == 0, result.output
-    assert "9 samples, NFE 6 on average" in result.output
+    assert "9 samples, NFE 6\n" in result.output
     flow = fs.adapters.load(fs.adapters.bundled("digits-ddpm"))
     right = fs.sample(flow, (9, 1, 8, 8), solver=fs.solvers.UniPC(2), nfe=6, seed=3, grid="log_snr").x
-    pixels = ((right.double() + 1.0) * 128.0).floor().clamp(0, 255).numpy()
+    pixels = ((right.double() + 1.0) * 8.5).floor().clamp(0, 16).numpy()  # 17 levels on [−1, 1]
     with np.load(tmp_path / "a/samples.npz") as held:
         assert np.abs(held["images"][..., 0] - pixels[:, 0]).max() <= 1  # a number on the edge of two levels
     record = json.loads((tmp_path / "a/metadata.json").read_text())
@@ -101,16 +155,27 @@ def test_images_in(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["sample", "digits-condot", "--solver", "unpc"], "flowsolve sample: solver 'unpc' is not known; expected one"),
+        (
+            ["sample", "digits-condot", "--solver", "unpc"],
+            "flowsolve sample: solver = 'unpc' is not known; expected one",
+        ),
         (["sample", "digits-condot", "--solver", "heun"], "Heun steps on a fixed grid: give nfe=… or explicit times"),
         (["sample", "absent"], "flowsolve sample: 'absent' is not a directory"),
         (["sample", "digits-condot", "--shape", "8x8"], "--shape '8x8'; expected whole numbers between commas"),
         (["sample", "digits-condot", "--init", "a.png"], "go together; give both or neither"),
         (["sample", "digits-condot", "--init", "a.png", "--invert", "b.png"], "--invert and --init do two different"),
         (["nll", "digits-condot", "absent"], "flowsolve nll: there is no 'absent'; expected a folder of images"),
-        (["nll", "digits-condot", "digits", "--grid", "karas"], "grid 'karas' is not known; expected one of"),
+        (["nll", "digits-condot", "digits", "--grid", "karas"], "grid = 'karas' is not known; expected one of"),
         (["nll", "digits-condot", "digits", "--bits", "4", "--levels", "17"], "both say how many levels there are"),
-        (["nll", "digits-condot", "digits", "--levels", "9"], "image 0: its levels run from 0 to 15; expected 0 … 8"),
+        (["nll", "digits-condot", "digits", "--levels", "9"], "levels=17, centred=False) fixes 17; drop levels="),
+        (
+            ["nll", "digits-condot", "digits", "--solver", "ddpm"],
+            "a likelihood is of the ODE: give a Runge–Kutta",
+        ),
+        (
+            ["sample", "digits-condot", "--declare", "transform=Range(1)"],
+            "transform='Range(1)' is no transform",
+        ),
     ],
 )
 def test_errors_are_one_line(tmp_path: Path, words: list[str], message: str) -> None:

@@ -11,6 +11,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -271,15 +272,15 @@ def test_errors_of_an_image_have_columns(tmp_path: Path, monkeypatch: pytest.Mon
 
     read = measuring.bits_per_dim
 
-    class Sure:
-        def __init__(self, found: Any, samples: list[int]) -> None:
-            self.bpd, self.nfe = found.bpd, found.nfe
-            self.probe_stderr = torch.tensor(samples) / 8
+    def sure(*given: Any, **options: Any) -> Any:
+        own = torch.tensor(options["samples"]) / 8
+        return replace(read(*given, **options), probe_stderr=own, solver_error=-own)
 
-    monkeypatch.setattr(measuring, "bits_per_dim", lambda *a, **k: Sure(read(*a, **k), k["samples"]))
+    monkeypatch.setattr(measuring, "bits_per_dim", sure)
     report = work.nll(tmp_path, limit=6)
     assert report["mean_probe_stderr"] == pytest.approx((0 + 1 + 4 + 9 + 16 + 25) ** 0.5 / 8 / 6)
-    assert report["mean_draw_stderr"] is None
+    assert report["mean_draw_stderr"] is None  # one draw cannot tell
+    assert report["mean_abs_solver_error"] == pytest.approx((0 + 1 + 2 + 3 + 4 + 5) / 8 / 6)
     with sqlite3.connect(tmp_path / "results.sqlite") as db:
-        rows = db.execute("SELECT probe_stderr, solver_error FROM items ORDER BY idx").fetchall()
-    assert rows == [(i / 8, None) for i in range(6)]
+        rows = db.execute("SELECT probe_stderr, draw_stderr, solver_error FROM items ORDER BY idx").fetchall()
+    assert rows == [(i / 8, None, -i / 8) for i in range(6)]

@@ -115,7 +115,7 @@ def test_images_start_samples(tmp_path: Path) -> None:
 def test_little_noise_returns_the_image(tmp_path: Path) -> None:
     """On a flow to a point mass nothing else can come out; on the mixture an image of it is nearly kept."""
     z = work.MIXTURE.sample(1, seed=1).float()
-    image = pictures.pixels(work.flow(), z)
+    image = work.flow().transform.pixels(z)
     runs.sample(work.flow(), 8, tmp_path, init=image, strength=0.02, solver=solvers.Heun(), nfe=8, seed=0)
     kept = arrays(tmp_path)["images"].astype(int)
     assert np.abs(kept - image.permute(0, 2, 3, 1).numpy()).max() < 16  # 5 σ of noise of 0.02, in levels of 1/128

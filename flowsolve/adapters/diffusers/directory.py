@@ -21,12 +21,18 @@ from flowsolve.adapters.files import Source, read_json
 from flowsolve.adapters.finding import Finding
 from flowsolve.adapters.networks import place, require_unscaled
 from flowsolve.flow import Flow
+from flowsolve.problems import digits
+from flowsolve.transforms import Latent, Range
 
 __all__ = ["DECLARES", "NAMES", "load", "recognise"]
 
 NAMES = ("diffusers",)
 DECLARES = ("scheduler", "distilled", "variant")
 PARTS = ("unet", "transformer")
+SCALE = 0.18215
+"""The scaling_factor of an AutoencoderKL whose configuration is older than that entry, as its class has it."""
+TRANSFORMS = {"digits": digits.TRANSFORM}
+"""The data sets of `flowsolve train`."""
 MARKS = re.compile(
     r"(?:^|[-_/. ])(turbo|lcm|tcd|lightning|schnell|hyper-?sd\w*|dmd2?|consistency)(?=$|[-_/. \d])", re.IGNORECASE
 )
@@ -87,7 +93,10 @@ def _directory(root: Path, said: Mapping[str, Any]) -> Finding:
     names = [str(c.get("_name_or_path", "")) for c in (index, config, scheduler or {})]
     names += [root.name, *(p.name for p in root.parents if p.name.startswith("models--"))]  # the hub's cache
     more = [k for k, v in index.items() if k != part and re.match(r"(unet|transformer)", k) and any(v)] or parts[1:]
-    finding = _finding(str(root), root / part, config, scheduler, said, evidence, vae, names)
+    recorded, more_evidence = _recorded(root)
+    finding = _finding(str(root), root / part, config, scheduler, said, [*evidence, *more_evidence], vae, names)
+    if recorded is not None and vae is None:
+        finding = replace(finding, transform=recorded)
     return _judged(finding, str(index.get("_class_name")), more)
 
 
@@ -169,9 +178,8 @@ def _finding(
         missing = [f"{k}= (what the network was trained with)" for k in ("prediction", "time") if k not in said]
     if read is not None and read.time is None:
         missing.append("time= (its scheduler does not say which time the network reads)")
-    scale, shift = _latent(vae)
     if vae is not None:
-        evidence.append(f"vae/config.json: scaling_factor = {vae.get('scaling_factor')}")
+        evidence.append(f"vae/config.json: scaling_factor = {vae.get('scaling_factor', 'not stated')}")
     if config.get("out_channels") == 2 * (config.get("in_channels") or 0):
         evidence.append(f"out_channels = {config['out_channels']}, twice in_channels: a learned variance, not used")
     parameters = (
@@ -179,7 +187,11 @@ def _finding(
         if isinstance(model, nn.Module)
         else count(model, said.get("variant"))
     )
-    pixels = vae is None and read is not None and name in ("UNet2DModel", "UNet2DConditionModel")
+    transform: Latent | Range | None = None
+    if vae is not None:
+        transform = _latent(vae)
+    elif read is not None and name in ("UNet2DModel", "UNet2DConditionModel"):
+        transform = Range(*read.data_range)
 
     told = "prediction" in said or "time" in said
     if read is not None and read.precondition is not None and not told:
@@ -195,9 +207,7 @@ def _finding(
         "diffusers",
         1.0,
         tuple(evidence),
-        data_range=read.data_range if read is not None and pixels else None,
-        latent_scale=scale,
-        latent_shift=shift,
+        transform=transform,
         parameters=parameters,
         missing=tuple(missing),
         refusal=refusal,
@@ -219,12 +229,26 @@ def _options(scheduler: Any) -> str:
     return ", ".join(told) or "its defaults"
 
 
-def _latent(vae: Mapping[str, Any] | None) -> tuple[Any, Any]:
-    """(scale, shift): the network's latents are (encoded − shift) · scale, a number or one a channel."""
-    if vae is None:
-        return None, None
-    scale, shift = vae.get("scaling_factor"), vae.get("shift_factor")
+def _latent(vae: Mapping[str, Any]) -> Latent | None:
+    """The network's latents are (encoded − shift) · scale, a number or one a channel."""
+    default = SCALE if vae.get("_class_name") == "AutoencoderKL" else None
+    scale, shift = vae.get("scaling_factor", default), vae.get("shift_factor")
     mean, std = vae.get("latents_mean"), vae.get("latents_std")
     if mean is not None and std is not None:
-        return tuple((1.0 if scale is None else scale) / s for s in std), tuple(mean)
-    return scale, shift
+        return Latent(tuple((1.0 if scale is None else scale) / s for s in std), tuple(mean))
+    return None if scale is None else Latent(scale, shift or 0.0)
+
+
+def _recorded(root: Path) -> tuple[Range | None, list[str]]:
+    """What the data of a checkpoint of `flowsolve train` are, by the name in its record, and the evidence."""
+    file = root / "training.json"
+    try:
+        record = read_json(file) if file.is_file() else {}
+    except ValueError:  # of another program
+        return None, []
+    recipe, versions = record.get("recipe"), record.get("versions")
+    ours = isinstance(recipe, Mapping) and isinstance(versions, Mapping) and "flowsolve" in versions
+    name = recipe.get("data") if ours and isinstance(recipe, Mapping) else None
+    if not isinstance(name, str) or name not in TRANSFORMS:
+        return None, []
+    return TRANSFORMS[name], [f"training.json: flowsolve train on {name}, {TRANSFORMS[name].levels} levels"]

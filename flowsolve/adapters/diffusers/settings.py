@@ -11,36 +11,20 @@ from torch import Tensor
 
 from flowsolve import grids, solvers
 from flowsolve.grids import At, Final, Grid
-from flowsolve.solvers import Auto, Solver
+from flowsolve.solvers import Auto, Solver, names
 
-__all__ = ["NAMES", "from_json", "named", "to_json"]
-
-NAMES: dict[str, type[Any]] = {
-    name.lower(): getattr(solvers, name)
-    for name in (
-        "Auto", "DDIM", "DDPM", "DEIS", "DPMSolver", "DPMSolverPP", "DPMSolverPPS", "ERSDE", "Euler", "EulerMaruyama",
-        "ExactSDE", "Heun", "IPNDM", "LMS", "Midpoint", "RES", "RK4", "Ralston", "SASolver", "SDEDPMSolverPP", "SEEDS",
-        "StochasticHeun", "UniPC",
-    )
-}  # fmt: skip
-"""Solvers with a step of their own on a fixed grid, by the names of their classes in lower case."""
+__all__ = ["from_json", "named", "to_json"]
 
 
 def named(solver: Any) -> Any:
-    """A solver by its name, or itself.
+    """A solver from its name and options (`flowsolve.solvers.names`), or itself.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, option or value.
         TypeError: something that is no solver.
     """
     if isinstance(solver, str):
-        found = NAMES.get(solver.lower().replace("++", "pp").replace("-", "").replace("_", ""))
-        if found is None:
-            raise ValueError(
-                f"solver = {solver!r} is not known; expected one of {', '.join(NAMES)}, or a solver of "
-                "flowsolve.solvers (adaptive ones need the loop: adapters.diffusers.capture)"
-            )
-        return found()
+        return names.solver(solver)
     if isinstance(solver, type):
         raise TypeError(f"solver is the class {solver.__name__}; pass an instance, {solver.__name__}()")
     if not isinstance(solver, Solver | Auto):

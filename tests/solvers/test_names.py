@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from flowsolve import grids, solvers
-from flowsolve.runs import names
+from flowsolve.grids.names import grid
+from flowsolve.solvers import names
 
 
 @pytest.mark.parametrize(
@@ -47,21 +48,21 @@ def test_every_solver_has_a_name() -> None:
     ],
 )
 def test_grids(text: str, made: object) -> None:
-    assert names.grid(text) == made
+    assert grid(text) == made
 
 
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: names.solver("unipcc"), r"solver 'unipcc' is not known; expected one of Ancestral, .*, UniPC, with"),
+        (lambda: names.solver("unipcc"), r"solver = 'unipcc' is not known; expected one of Ancestral, .*, UniPC, with"),
         (lambda: names.solver("unipc:ordr=3"), "unipc has no option 'ordr'; expected one of order, form"),
         (lambda: names.solver("heun:order=3"), "heun has no option 'order'; expected one of none"),
         (lambda: names.solver("unipc:3"), "'3' in 'unipc:3' is no option; expected name:key=value"),
         (lambda: names.solver("unipc:"), "'' in 'unipc:' is no option"),
         (lambda: names.solver("unipc:order=9"), "order = 9; expected one of"),
         (lambda: names.solver("dopri5:rtol=tight"), "solver 'dopri5:rtol=tight' has a value of the wrong kind"),
-        (lambda: names.grid("karas"), "grid 'karas' is not known; expected one of uniform, .*, or flow times as in"),
-        (lambda: names.grid("karras:order=2"), "karras has no option 'order'; expected one of window, rho"),
+        (lambda: grid("karas"), "grid = 'karas' is not known; expected one of uniform, .*, or flow times as in"),
+        (lambda: grid("karras:order=2"), "karras has no option 'order'; expected one of window, rho"),
     ],
 )
 def test_what_is_not_known_is_named(make: object, words: str) -> None:
