@@ -220,7 +220,8 @@ class Along:
         sample, value = self._at_data(curve, y, value, tip)
         error = torch.full_like(value[:, :1], math.nan)
         if len(self.rule) > 4:
-            error = (change - curve.halved().change()).mean(1, keepdim=True).abs()
+            halves = [curve.thinned(kept).change() for kept in self.rule.halved()]
+            error = torch.stack([(change - half).mean(1, keepdim=True).abs() for half in halves]).amax(0)
         return torch.cat((latent, sample, value, error), 1)
 
     def _at_noise(self, curve: Curve, y: Tensor) -> tuple[Tensor, Tensor]:

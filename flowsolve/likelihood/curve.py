@@ -41,7 +41,8 @@ first two nodes, and $\int T d\ell = T_0/p$. The state there is evaluated once, 
 other, with ε̂ linear in s. Where the noise end has α = 0 the last node is at the other end of the window, and there the
 density is `marginal` (`flowsolve.likelihood.prior`).
 
-**The error** is estimated by the same formula on every second node: the difference is the error of half the budget.
+**The error** is estimated by the same formula on every second node, the even ones and the odd ones: the larger of the two
+differences is about the error of half the budget.
 
 Sources: the instantaneous change of variables is Chen et al. 2018; that a dual-weighted residual corrects a functional
 of an approximate solution is Becker & Rannacher 2001. The line integral is the
@@ -145,10 +146,11 @@ class Rule:
             state[k], weights[k] = made.state, made.weights
         return state, weights
 
-    def halved(self) -> list[int]:
-        """Every second node, both ends among them."""
-        kept = list(range(0, len(self), 2))
-        return kept if kept[-1] == len(self) - 1 else [*kept, len(self) - 1]
+    def halved(self) -> tuple[list[int], list[int]]:
+        """The even nodes and the odd ones, each with both ends."""
+        last = len(self) - 1
+        even, odd = set(range(0, last, 2)), set(range(1, last, 2))
+        return sorted(even | {last}), sorted({0} | odd | {last})
 
 
 @dataclass(frozen=True)
@@ -219,9 +221,8 @@ class Curve:
         found: Tensor = self.trace[0] / power + (known * step).sum(1, keepdim=True) / s[0]
         return found
 
-    def halved(self) -> Curve:
-        """The curve through every second node."""
-        kept = self.rule.halved()
+    def thinned(self, kept: list[int]) -> Curve:
+        """The curve through some of the nodes."""
         rule = Rule(self.rule.path, [self.rule.times[k] for k in kept])
         return Curve(rule, self.x[kept], self.data[kept], self.trace[kept])
 
