@@ -41,8 +41,8 @@ first two nodes, and $\int T d\ell = T_0/p$. The state there is evaluated once, 
 other, with ε̂ linear in s. Where the noise end has α = 0 the last node is at the other end of the window, and there the
 density is `marginal` (`flowsolve.likelihood.prior`).
 
-**The error** is estimated by the same formula on every second node, the even ones and the odd ones: the larger of the two
-differences is about the error of half the budget.
+**The error** is estimated by the same formula on every second node, the even ones and the odd ones: the larger of the
+two differences is about the error of half the budget.
 
 Sources: the instantaneous change of variables is Chen et al. 2018; that a dual-weighted residual corrects a functional
 of an approximate solution is Becker & Rannacher 2001. The line integral is the
