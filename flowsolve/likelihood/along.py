@@ -108,6 +108,13 @@ class Along:
     def _given(self, times: list[float], budget: int | None, repeats: int | None) -> tuple[list[float], list[int]]:
         """Explicit times, from data to noise, and the evaluations of each step."""
         path = self.flow.path
+        ends = [t for t in (self.data_end, self.noise_end) if path.at(t).alpha > 0.0 and path.at(t).sigma > 0.0]
+        missing = [t for t in ends if t not in times]
+        if missing or not all(self.noise_end <= t <= self.data_end for t in times):
+            raise ValueError(
+                f"grid = {times!r} on the interval {(self.start, self.end)!r}; expected times within it, among them "
+                f"{' and '.join(f't = {t:g}' for t in missing) or 'its ends'}"
+            )
         known = sorted((t for t in times if path.at(t).alpha > 0.0 and path.at(t).sigma > 0.0), reverse=True)
         each = self.solver.evaluations
         steps = len(known) - 1 + sum(self.bare)
