@@ -190,7 +190,7 @@ class Along:
             curve, extra = self._looked(curve, y.shape, tree)
             spent = spent + sum(price(t) for t in extra)
         found = self._read(curve, y, tip)
-        seen = [largest(v.detach()) for v in curve.x[order]]
+        seen = [largest(v.detach()) for v in curve.x][order]
         return self._solution(found, seen, spent)
 
     def _walk(self, y: Tensor) -> Generator[Query, Estimate, None]:
