@@ -163,7 +163,7 @@ class Trace:
                 raise _Unseen("")
         if graph:
             raise ValueError("mode='forward' keeps no derivatives of the trace; use mode='reverse' beside grad=True")
-        made = _Forward(function, x.detach(), first)
+        made = _Forward(function, x.detach().contiguous(), first)  # some forward derivatives take no other layout
         self._learnt["mode"] = "forward"
         return made.output, made
 
@@ -216,7 +216,7 @@ class _Forward:
     def _push(self, vector: Tensor) -> tuple[Tensor, Tensor]:
         # The fused kernels of attention have no forward mode; the plain one has.
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
-            output, tangent = forward_ad.unpack_dual(self.function(forward_ad.make_dual(self.x, vector)))
+            output, tangent = forward_ad.unpack_dual(self.function(forward_ad.make_dual(self.x, vector.contiguous())))
         if tangent is None:
             raise _Unseen(", in reverse or in forward mode")
         return output, tangent
