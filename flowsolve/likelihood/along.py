@@ -108,6 +108,13 @@ class Along:
     def _given(self, times: list[float], budget: int | None, repeats: int | None) -> tuple[list[float], list[int]]:
         """Explicit times, from data to noise, and the evaluations of each step."""
         path = self.flow.path
+        ends = [t for t in (self.data_end, self.noise_end) if path.at(t).alpha > 0.0 and path.at(t).sigma > 0.0]
+        missing = [t for t in ends if t not in times]
+        if missing or not all(self.noise_end <= t <= self.data_end for t in times):
+            raise ValueError(
+                f"grid = {times!r} on the interval {(self.start, self.end)!r}; expected times within it, among them "
+                f"{' and '.join(f't = {t:g}' for t in missing) or 'its ends'}"
+            )
         known = sorted((t for t in times if path.at(t).alpha > 0.0 and path.at(t).sigma > 0.0), reverse=True)
         each = self.solver.evaluations
         steps = len(known) - 1 + sum(self.bare)
@@ -233,19 +240,28 @@ class Along:
         reached = self.rule.times[-1] == end
         latent = curve.x[-1]
         if not reached:  # α = 0 there: what is left of the way stretches ε̂
-            wide = stretch(trace.mean(1, keepdim=True), size)
-            latent = float(path.sigma(end)) * noise * wide.sqrt()
+            mean = trace.mean(1, keepdim=True)
+            latent = float(path.sigma(end)) * (noise * stretch(mean, size).sqrt() + 0.5 * self._lean(curve, mean))
         latent_x = latent.reshape(y.shape)
         if callable(self.prior):
             base = self.prior(latent_x).unsqueeze(1)
             if not reached:
                 base = base - size * (0.5 * stretch(trace, size).log() + math.log(sigma / float(path.sigma(end))))
         elif self.prior == MARGINAL or not reached:
-            base = marginal_log_prob(noise, trace, sigma)
+            leans = [(noise * self._lean(curve, v)).sum(1) for v in trace.split(1, 1)]
+            base = marginal_log_prob(noise, trace, sigma, torch.stack(leans, 1))
         else:
             assert self.prior == NORMAL
             base = normal_log_prob(latent, path.prior_std).unsqueeze(1)
         return (rows(y) if self.samples else latent), base + lift
+
+    def _lean(self, curve: Curve, trace: Tensor) -> Tensor:
+        """(C − v) ε̂/s² at the last node, (B, D), for one estimate of T, (B, 1); see `flowsolve.likelihood.prior`."""
+        last = len(self.rule) - 1
+        before, here = (math.exp(-v) for v in self.rule.log_snr[-2:])
+        along = curve.noise(last - 1) / before - curve.noise(last) / here
+        v = here**2 * (stretch(trace, curve.x.shape[2]) - 1.0)
+        return (curve.data[last - 1] - curve.data[last] - v * along) / (here * (here / before - 1.0))
 
     def _at_data(
         self, curve: Curve, y: Tensor, value: Tensor, tip: tuple[Tensor, Tensor] | None

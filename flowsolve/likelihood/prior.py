@@ -11,7 +11,11 @@ $$ \log p(x_0) = -\tfrac12\,\|\hat\varepsilon\|^2\,\tfrac DT - \tfrac D2\log\big
    \qquad T = \sigma\operatorname{tr}\frac{\partial\hat\varepsilon}{\partial x}
      = D - \operatorname{tr}\frac{\partial\hat z}{\partial y}, $$
 
-  exact for isotropic normal data, else to leading order in $1/s^2$. Not normalised: no bound to publish.
+  exact for isotropic normal data. Not normalised: no bound for publication. For another covariance C the quadratic form
+  lacks $-\tfrac12\hat\varepsilon^\top(C - v)\hat\varepsilon/s^2$, which averages to 0 over the samples. A curve has
+  one more node, at $s'$, and knows it: $\hat z = \mathrm E z + C\hat\varepsilon/s$, so that
+  $\hat z' - \hat z = C\,(\hat\varepsilon'/s' - \hat\varepsilon/s)$ is $C$'s product with a vector along
+  $\hat\varepsilon$ to the next order in $1/s^2$.
 * a function of the state, (B, *S) → (B,), for anything else.
 """
 
@@ -61,9 +65,9 @@ def stretch(trace: Tensor, size: int) -> Tensor:
     return size / trace.clamp(0.5 * size, 2.0 * size)
 
 
-def marginal_log_prob(noise: Tensor, trace: Tensor, sigma: float) -> Tensor:
-    """The marginal's log-density, (B, P), from ε̂ of shape (B, D), T of shape (B, P) and σ."""
+def marginal_log_prob(noise: Tensor, trace: Tensor, sigma: float, lean: Tensor | float = 0.0) -> Tensor:
+    """The marginal's log-density, (B, P), from ε̂ of shape (B, D), T of shape (B, P), σ and ε̂ᵀ(C − v)ε̂/s², if known."""
     size = noise.shape[1]
     wide = stretch(trace, size)
-    square = noise.square().sum(1, keepdim=True)
-    return -0.5 * (square * wide + size * wide.log()) - size * (math.log(sigma) + 0.5 * math.log(2.0 * math.pi))
+    square = noise.square().sum(1, keepdim=True) * wide + lean
+    return -0.5 * (square + size * wide.log()) - size * (math.log(sigma) + 0.5 * math.log(2.0 * math.pi))

@@ -37,7 +37,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -122,8 +122,19 @@ class Trace:
             probes: what `draw` gave.
             graph: keep derivatives of both.
         """
-        output, product = self._linearised(function, x, None if probes is None else probes[:, 0], graph)
-        found = self._estimate(product, x, probes)
+        first = None if probes is None else probes[:, 0]
+        output, product = self._linearised(function, x, first, graph)
+        try:
+            found = self._estimate(product, x, probes)
+        except (
+            _Unseen,
+            RuntimeError,
+        ) as error:  # no backward pass through some of its operations: there may be a forward one
+            if not isinstance(product, _Reverse) or self.mode != "auto" or graph or _full(error):
+                raise
+            self._learnt["mode"] = "forward"
+            output, product = self._linearised(function, x, first, graph)
+            found = self._estimate(product, x, probes)
         return (output, found) if graph else (output.detach(), found.detach())
 
     def _estimate(self, product: Product, x: Tensor, probes: Tensor | None) -> Tensor:
@@ -141,14 +152,19 @@ class Trace:
         if mode != "forward":
             with torch.enable_grad():
                 inner = x if graph and x.requires_grad else x.detach().requires_grad_()
-                output = function(inner)
+                try:
+                    output = function(inner)
+                except RuntimeError as error:
+                    if "numpy()" in str(error):
+                        raise _Unseen("") from error
+                    raise
             if output.requires_grad:
                 return output, _Reverse(output, inner, graph, self._learnt)
             if mode == "reverse" or graph:
-                raise ValueError(_invisible(""))
+                raise _Unseen("")
         if graph:
             raise ValueError("mode='forward' keeps no derivatives of the trace; use mode='reverse' beside grad=True")
-        made = _Forward(function, x.detach(), first)
+        made = _Forward(function, x.detach().contiguous(), first)  # some forward derivatives take no other layout
         self._learnt["mode"] = "forward"
         return made.output, made
 
@@ -167,8 +183,8 @@ class _Reverse:
                     parts = [self._pull(part, True) for part in vectors.split(AT_ONCE)]
                 self.learnt["batched"] = True
                 return torch.cat(parts)
-            except (RuntimeError, NotImplementedError) as error:
-                if "batched" in self.learnt or isinstance(error, torch.OutOfMemoryError):
+            except RuntimeError as error:
+                if _full(error):
                     raise
                 self.learnt["batched"] = False
         return torch.stack([self._pull(v, False) for v in vectors])
@@ -179,7 +195,7 @@ class _Reverse:
             is_grads_batched=batched,
         )  # fmt: skip
         if found is None:
-            raise ValueError(_invisible(""))
+            raise _Unseen("")
         return found
 
 
@@ -201,17 +217,25 @@ class _Forward:
     def _push(self, vector: Tensor) -> tuple[Tensor, Tensor]:
         # The fused kernels of attention have no forward mode; the plain one has.
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
-            output, tangent = forward_ad.unpack_dual(self.function(forward_ad.make_dual(self.x, vector)))
+            output, tangent = forward_ad.unpack_dual(self.function(forward_ad.make_dual(self.x, vector.contiguous())))
         if tangent is None:
-            raise ValueError(_invisible(", in reverse or in forward mode"))
+            raise _Unseen(", in reverse or in forward mode")
         return output, tangent
 
 
-def _invisible(how: str) -> str:
-    return (
-        f"the network's output does not depend on x for autograd{how}, so its divergence cannot be read; remove "
-        "no_grad, inference_mode, detach or NumPy from the network's forward pass"
-    )
+class _Unseen(ValueError):
+    """Autograd sees no way from x to the output."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(
+            f"the network's output does not depend on x for autograd{how}, so its divergence cannot be read; remove "
+            "no_grad, inference_mode, detach or NumPy from the network's forward pass"
+        )
+
+
+def _full(error: Exception) -> bool:
+    """Whether memory ran out, which no other way of making the products would mend."""
+    return isinstance(error, torch.OutOfMemoryError)
 
 
 @dataclass(frozen=True)
@@ -290,7 +314,7 @@ class XTrace(Trace):
         q, r = torch.linalg.qr(_columns(product(_vectors(omega, x))))
         z = _columns(product(_vectors(q, x)))
         h, w = q.mT @ z, q.mT @ omega
-        away = torch.linalg.inv(r).mT  # column i is orthogonal to all columns of r but the i-th
+        away = _inverse(r).mT  # column i is orthogonal to all columns of r but the i-th
         s = away / away.norm(dim=1, keepdim=True)
         inner = w - s * (s * w).sum(1, keepdim=True)
 
@@ -300,6 +324,16 @@ class XTrace(Trace):
         inside = h.diagonal(dim1=1, dim2=2).sum(1, keepdim=True) - form(s, h @ s)
         found: Tensor = inside + form(w - inner, r) - form(omega, z @ inner) + form(inner, h @ inner)
         return found
+
+
+def _inverse(r: Tensor) -> Tensor:
+    """The inverse of triangular matrices (B, K, K), singular ones moved by a rounding error off that."""
+    size = r.detach().abs().amax((1, 2)).unsqueeze(1)
+    least = torch.where(size > 0.0, size, 1.0) * torch.finfo(r.dtype).eps
+    pivots = r.diagonal(dim1=1, dim2=2)
+    shift = torch.where(pivots < 0.0, -least, least)
+    one = torch.eye(r.shape[2], dtype=r.dtype, device=r.device)
+    return torch.linalg.solve_triangular(r + torch.diag_embed(shift), one.expand_as(r), upper=True)
 
 
 def _given(probes: Tensor | None) -> Tensor:
@@ -327,7 +361,7 @@ def resolve(trace: str | Trace, probes: int | None = None) -> Trace:
     if isinstance(trace, Trace):
         if probes not in (None, trace.probes):
             raise TypeError(f"probes = {probes!r} beside {trace!r}, which has its own; give one of them")
-        return trace
+        return replace(trace)  # what it learns of a network is no other's
     if trace not in NAMES:
         raise ValueError(f"trace = {trace!r} is not known; expected one of {', '.join(map(repr, NAMES))}, or a Trace")
     kind = NAMES[trace]
