@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flowsolve.adapters.diffusers.convention import alphas_cumprod
+from flowsolve.adapters.diffusers.tables import alphas_cumprod
 from flowsolve.adapters.files import Source
 from flowsolve.adapters.finding import Finding
 from flowsolve.adapters.networks import FirstHalf, fill, place

@@ -38,9 +38,10 @@ from torch import Tensor
 
 from flowsolve._batch import linear
 from flowsolve._optional import require
+from flowsolve.adapters.diffusers.convention import completed
 from flowsolve.adapters.diffusers.layout import Plan, lay
 from flowsolve.adapters.diffusers.pull import Run
-from flowsolve.adapters.diffusers.reading import OURS, Reading, complete, read, start_std
+from flowsolve.adapters.diffusers.reading import OURS, Reading, read, start_std
 from flowsolve.adapters.diffusers.settings import from_json, named, to_json
 from flowsolve.noise import Noise
 from flowsolve.solvers import DDIM
@@ -128,18 +129,17 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         **changes: Any,
     ) -> None:
         live = config._options if isinstance(config, Scheduler) else {}
-        if isinstance(config, SchedulerMixin) and isinstance(config, ConfigMixin):
-            config = {"_class_name": type(config).__name__, **config.config}
-        if not isinstance(config, Mapping):
+        if not isinstance(config, Mapping | SchedulerMixin):
             raise TypeError(f"config is a {type(config).__name__}; expected that of a scheduler, pipe.scheduler.config")
-        name, known = complete(config)
+        known = completed(config)
+        name = known["_class_name"]
         strange = [k for k in changes if k not in known]
         if strange:
             raise TypeError(
                 f"{strange[0]!r} is no option of Scheduler ({', '.join(OPTIONS)}) or of {name}; drop it, or see "
                 "pipe.scheduler.config"
             )
-        before = dict(config.get(OURS) or {})
+        before = dict(known.get(OURS) or {})
         given = {"solver": solver, "grid": grid, "chart": chart, "final": final, "seed": seed}
         self._options: dict[str, Any] = {}
         ours: dict[str, Any] = {"scheduler": name}
@@ -405,8 +405,9 @@ class Scheduler(SchedulerMixin, ConfigMixin):
 
     def _level(self, t: float) -> float:
         point = self.reading.path.at(t)
-        straight = self.reading.config.get("use_flow_sigmas") or "shift" in self.reading.config
-        return float(point.sigma) if straight else float(point.sigma / point.alpha) if point.alpha else float("inf")
+        if self.reading.straight:
+            return float(point.sigma)
+        return float(point.sigma / point.alpha) if point.alpha else float("inf")
 
     def _time(self, timestep: Any) -> float:
         """The flow time of a time of the network."""
