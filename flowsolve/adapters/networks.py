@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from flowsolve._batch import per_sample
+from flowsolve.adapters.files import Source
 from flowsolve.paths import Path
 from flowsolve.predictions import Prediction, Row
 
@@ -37,7 +38,10 @@ __all__ = [
     "Preconditioning",
     "Reordered",
     "argument_order",
+    "count",
     "fill",
+    "filled",
+    "first_half",
     "place",
     "preconditioned",
     "require_unscaled",
@@ -70,13 +74,17 @@ class Wrapper(nn.Module):
         self.net = net
 
 
+def first_half(output: Tensor, x: Tensor) -> Tensor:
+    """An output without a learned variance: the first half of its channels where it has twice those of x."""
+    twice = isinstance(output, Tensor) and output.ndim == x.ndim > 1 and output.shape[1] == 2 * x.shape[1]
+    return output[:, : x.shape[1]] if twice else output
+
+
 class FirstHalf(Wrapper):
-    """The first half of the output's channels where it has twice those of x: a learned variance is not used."""
+    """A network whose learned variance, if it has one, is not used."""
 
     def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
-        output: Tensor = self.net(x, t, **cond)
-        twice = isinstance(output, Tensor) and output.ndim == x.ndim > 1 and output.shape[1] == 2 * x.shape[1]
-        return output[:, : x.shape[1]] if twice else output
+        return first_half(self.net(x, t, **cond), x)
 
 
 class Reordered(Wrapper):
@@ -191,3 +199,23 @@ def fill(net: nn.Module, state: dict[str, Tensor], file: Any) -> nn.Module:
             )
     net.load_state_dict(state)
     return net
+
+
+def filled(net: Any, source: Source) -> Any:
+    """A network in memory, or one that was declared with the weights of its file in it.
+
+    Raises:
+        UnsafeFile: reading the file would run code.
+        ValueError: weights that do not belong to it.
+    """
+    if source.kind == "object":
+        return net
+    source.require_trust()
+    return fill(net, source.state(), source.file)
+
+
+def count(net: Any, source: Source) -> int | None:
+    """The numbers in a network's parameters, or in its file's tensors; None where none are seen."""
+    if isinstance(net, nn.Module):
+        return sum(p.numel() for p in net.parameters())
+    return sum(math.prod(shape) for shape in source.tensors.values()) or None

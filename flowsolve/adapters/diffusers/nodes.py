@@ -84,7 +84,7 @@ def own(reading: Reading, steps: int, mu: float | None = None) -> Nodes:
         return [1.0 - 2.0 / math.pi * math.asin(math.sin(v) ** 2) for v in angles], 1.0
     if "beta_schedule" not in config:  # no table: σ is spaced between its ends
         ends = [path.sigma(0.0), path.sigma(1.0)]
-        levels = _respaced(config, ends, steps, "exponential" if reading.scale is None else "karras")
+        levels = _respaced(config, ends, steps, "exponential")
         return _ended(reading, [path.time(-math.log(v)) for v in levels])
     table = path if isinstance(path, Discrete) else Discrete(alphas_cumprod(config))
     entries = _entries(reading, table, steps)

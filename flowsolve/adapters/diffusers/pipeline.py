@@ -42,6 +42,7 @@ from torch import Tensor, nn
 
 from flowsolve._batch import state_dtype
 from flowsolve.adapters.diffusers.scheduler import Scheduler, StepOutput
+from flowsolve.adapters.networks import first_half
 from flowsolve.flow import Flow
 
 __all__ = ["Captured", "capture"]
@@ -288,10 +289,7 @@ class _Turn:
         return total
 
     def _ask(self, x: Tensor, t: float) -> Tensor:
-        output = self.loop.ask(x, t)
-        if output.ndim == x.ndim > 1 and output.shape[1] == 2 * x.shape[1]:
-            return output[:, : x.shape[1]]  # the rest is a learned variance
-        return output
+        return first_half(self.loop.ask(x, t), x)
 
 
 class _Moving(Tensor):

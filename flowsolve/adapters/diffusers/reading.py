@@ -15,8 +15,9 @@ from typing import Any
 
 from torch import Tensor
 
-from flowsolve.adapters.diffusers.convention import Line, completed, convention
+from flowsolve.adapters.diffusers.convention import Convention, Line, completed, convention
 from flowsolve.flow import Flow
+from flowsolve.guidance import Clip, Threshold
 from flowsolve.paths import CondOT, Path, Point
 
 __all__ = ["EULERS", "OURS", "Reading", "read", "start_std"]
@@ -40,18 +41,21 @@ class Reading:
     """A training convention, as a pipeline asks for it.
 
     Attributes:
-        name: the class of the scheduler that it was read from.
-        config: its configuration, complete.
+        config: the configuration of the scheduler that it was read from, complete.
+        said: what that says.
         flow: path, prediction and clock, about a network that is called elsewhere.
-        native: the flow time of a network's time.
-        scale: the factor of the network's input at a point of the path; None for 1.
+        limit: what is made of ẑ (ε̂ follows): clipping or dynamic thresholding, where the configuration says so.
     """
 
-    name: str
     config: Mapping[str, Any]
+    said: Convention
     flow: Flow
-    native: Callable[[Any], Any]
-    scale: Callable[[Point], Any] | None = None
+    limit: Callable[[Tensor], Tensor] | None
+
+    @property
+    def name(self) -> str:
+        """The class of the scheduler."""
+        return str(self.config["_class_name"])
 
     @property
     def path(self) -> Path:
@@ -68,6 +72,18 @@ class Reading:
         """Whether the path ends in clean data. Where it does not, ẑ at its end is taken for them."""
         return bool(self.path.at(1.0).sigma < 1e-9)
 
+    def native(self, k: Any) -> Any:
+        """The flow time of a network's time."""
+        clock, asked = self.said.time, self.said.precondition
+        if isinstance(clock, Line):
+            return clock.inverse(k)
+        return self.path.time_from_native(k if asked is None else asked.sigma(k))
+
+    def scale(self, point: Point) -> float:
+        """The factor of the network's input at a point of the path."""
+        asked = self.said.precondition
+        return 1.0 if asked is None else float(asked.scale(point.sigma))
+
 
 def read(config: Any) -> Reading:
     """The convention of a scheduler, or of a configuration.
@@ -80,20 +96,21 @@ def read(config: Any) -> Reading:
     """
     config = completed(config)
     said = convention(config).stated()
-    path, asked = said.path, said.precondition
-    clock: Any = path.native_time if isinstance(said.time, str) else said.time
-    native: Any = clock.inverse if isinstance(clock, Line) else path.time_from_native
-    if asked is None:
-        flow = Flow(_elsewhere, path, said.prediction, time=clock)
-        return Reading(config["_class_name"], config, flow, native)
+    path, asked, clock = said.path, said.precondition, said.time
+    assert clock is not None
+    time = clock if asked is None else lambda t: asked.time(path.native_time(t))
+    return Reading(config, said, Flow(_elsewhere, path, said.prediction, time=time), _limit(config))
 
-    def inner(t: Any) -> Any:
-        return asked.time(clock(t))
 
-    return Reading(
-        config["_class_name"], config, Flow(_elsewhere, path, said.prediction, time=inner),
-        native=lambda k: native(asked.sigma(k)), scale=lambda point: asked.scale(point.sigma),
-    )  # fmt: skip
+def _limit(config: Mapping[str, Any]) -> Callable[[Tensor], Tensor] | None:
+    """`thresholding` to the `dynamic_thresholding_ratio` quantile, at most `sample_max_value`, or `clip_sample`."""
+    if config.get("thresholding"):
+        most = float(config.get("sample_max_value", 1.0))
+        return Threshold(float(config.get("dynamic_thresholding_ratio", 0.995)), most=most)
+    if config.get("clip_sample"):
+        edge = float(config.get("clip_sample_range", 1.0))
+        return Clip(-edge, edge)
+    return None
 
 
 def start_std(reading: Reading, t: float) -> float:
@@ -105,7 +122,7 @@ def start_std(reading: Reading, t: float) -> float:
     point, leading = reading.path.at(t), reading.config.get("timestep_spacing") == "leading"
     if reading.name in (*EULERS, "ScoreSdeVeScheduler") and not leading:
         return float(point.sigma)
-    return 1.0 if reading.scale is None else float(point.sigma**2 + 1.0) ** 0.5
+    return 1.0 if reading.said.precondition is None else float(point.sigma**2 + 1.0) ** 0.5
 
 
 def _elsewhere(x: Tensor, t: Tensor) -> Tensor:

@@ -328,12 +328,11 @@ class Scheduler(SchedulerMixin, ConfigMixin):
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """The network's input at a sample."""
-        scale = self.reading.scale
-        if scale is None:
+        if self.reading.said.precondition is None:
             return sample
         place = self._place(timestep)
         point = self._table.plan.points[place] if place is not None else self.reading.path.at(self._time(timestep))
-        return sample * float(scale(point))
+        return sample * self.reading.scale(point)
 
     def step(
         self,
