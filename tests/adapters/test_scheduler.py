@@ -838,8 +838,10 @@ def test_thresholding_is_that_of_diffusers() -> None:
 
 def test_diffusers_is_not_imported_before_it_is_needed() -> None:
     code = (
-        "import sys, flowsolve, flowsolve.adapters.diffusers as d; assert 'diffusers' not in sys.modules; "
-        "assert 'Scheduler' in d.__all__; d.Scheduler; assert 'diffusers' in sys.modules"
+        "import sys, flowsolve as fs; names = fs.adapters.diffusers.__all__; "
+        "early = {'diffusers', 'transformers', 'typer'} & set(sys.modules); assert not early, early; "
+        "assert 'Scheduler' in names and 'capture' in names; "
+        "fs.adapters.diffusers.Scheduler; assert 'diffusers' in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
