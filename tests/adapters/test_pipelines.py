@@ -142,7 +142,8 @@ def parity() -> Iterator[Parity]:
         yield stable, "KDPM2DiscreteScheduler", kw, DPMSolver(2), {}, 4
         yield stable, "LMSDiscreteScheduler", kw, LMS(4), {}, 6
         yield stable, MULTI, kw, DPMSolverPP(2, cooldown=True), {}, 5
-        yield stable, MULTI, kw, DPMSolverPP(2), {}, 16
+        if spacing == "trailing":  # from 15 steps on it does not end in order 1
+            yield stable, MULTI, kw, DPMSolverPP(2), {}, 16
         yield stable, MULTI, {**kw, "solver_order": 1}, DDIM(), {}, 5
         yield (
             stable, MULTI, {**kw, "solver_type": "heun", "lower_order_final": False, "final_sigmas_type": "sigma_min"},
@@ -223,7 +224,8 @@ def test_the_pipeline_s_own_solver_makes_its_images(case: Parity, kept: dict[Any
     found = pipeline(Scheduler.from_config(theirs, solver=solver, **options), steps)
     assert float((found - expected).abs().max()) < EQUAL
     if steps > 1:
-        other = pipeline(Scheduler.from_config(theirs, solver="ddim" if solver.evaluations > 1 else "heun"), steps)
+        another = "unipc" if solver in (DDIM(), Euler()) else "ddim"
+        other = pipeline(Scheduler.from_config(theirs, solver=another), steps)
         assert float((other - expected).abs().max()) > 10 * EQUAL
 
 

@@ -25,7 +25,6 @@ training is kept (`reading`), and so, unless `grid` says otherwise, are the nois
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 import threading
@@ -42,7 +41,8 @@ from flowsolve.adapters.diffusers.convention import completed
 from flowsolve.adapters.diffusers.layout import Plan, lay
 from flowsolve.adapters.diffusers.pull import Run
 from flowsolve.adapters.diffusers.reading import OURS, Reading, read, start_std
-from flowsolve.adapters.diffusers.settings import from_json, named, to_json
+from flowsolve.adapters.diffusers.seeds import seeds
+from flowsolve.adapters.diffusers.settings import OPTIONS, merged, named, require_saveable
 from flowsolve.noise import Noise
 from flowsolve.solvers import DDIM
 
@@ -52,10 +52,6 @@ from diffusers import ConfigMixin, SchedulerMixin  # noqa: E402
 from diffusers.utils import BaseOutput  # noqa: E402
 
 __all__ = ["ConfigMixin", "Scheduler", "SchedulerMixin", "StepOutput"]
-
-OPTIONS = ("solver", "grid", "chart", "final", "seed")
-UNSAVED = "unsaved"
-"""In a configuration, in the place of an option that has no JSON: why."""
 
 
 @dataclass
@@ -139,25 +135,9 @@ class Scheduler(SchedulerMixin, ConfigMixin):
                 f"{strange[0]!r} is no option of Scheduler ({', '.join(OPTIONS)}) or of {name}; drop it, or see "
                 "pipe.scheduler.config"
             )
-        before = dict(known.get(OURS) or {})
         given = {"solver": solver, "grid": grid, "chart": chart, "final": final, "seed": seed}
-        self._options: dict[str, Any] = {}
-        ours: dict[str, Any] = {"scheduler": name}
-        for option, new in given.items():
-            value = live.get(option) if new is None else new
-            if value is None:
-                ours[option] = before.get(option, "auto" if option == "solver" else None)
-                if isinstance(ours[option], dict) and UNSAVED in ours[option]:
-                    raise ValueError(
-                        f"the {option} of this configuration is not in it ({ours[option][UNSAVED]}); give it"
-                    )
-                self._options[option] = from_json(ours[option])
-                continue
-            self._options[option] = value
-            try:
-                ours[option] = to_json(value)
-            except TypeError as error:
-                ours[option] = {UNSAVED: str(error)}
+        self._options: dict[str, Any]
+        self._options, ours = merged(given, live, known.get(OURS) or {})
         method = self._options["solver"] = named(self._options["solver"])
         if getattr(method, "chooses_steps", False):
             raise TypeError(
@@ -165,7 +145,7 @@ class Scheduler(SchedulerMixin, ConfigMixin):
                 "…), or a solver on a fixed grid (adaptive=False, if it has that)"
             )
         kept = {k: v for k, v in {**known, **changes}.items() if not k.startswith("_") and k != OURS}
-        self.register_to_config(**kept, **{OURS: ours})
+        self.register_to_config(**kept, **{OURS: {"scheduler": name, **ours}})
         self._reading: tuple[Any, Reading] | None = None
         self._shared: _Table | None = None
         self._own = _Own()
@@ -183,9 +163,7 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: a setting that has no JSON, such as η as a function.
         """
-        for option, value in self.config[OURS].items():
-            if isinstance(value, dict) and UNSAVED in value:
-                raise ValueError(f"the {option} cannot be saved: {value[UNSAVED]}")
+        require_saveable(self.config[OURS])
         super().save_config(save_directory, push_to_hub, **kwargs)
 
     def to_json_string(self) -> str:
@@ -446,30 +424,8 @@ class Scheduler(SchedulerMixin, ConfigMixin):
                 raise ValueError(f"eta = {eta} is DDIM's; {solver!r} has its own setting, give it to the solver")
             solver = replace(solver, eta=float(eta))
             stepper = solver.on(plan.reading.path, None, plan.intervals)
-        noise = Noise.for_batch(self._seed(sample, generator), len(sample)) if solver.random else None
+        noise = Noise.for_batch(seeds(sample, generator, self._options["seed"]), len(sample)) if solver.random else None
         return Run(plan, at, sample, noise, stepper)
-
-    def _seed(self, sample: Tensor, generator: Any) -> Any:
-        """What names the noise of a run: one seed, or one for each sample."""
-        if isinstance(generator, list | tuple):
-            if len(generator) == 1:
-                return _drawn(generator[0])
-            if len(generator) != len(sample):
-                raise ValueError(
-                    f"{len(generator)} generators for {len(sample)} samples; expected one, or one a sample"
-                )
-            return [_drawn(g) for g in generator]
-        if generator is not None:
-            return _drawn(generator)
-        if self._options["seed"] is not None:
-            return self._options["seed"]
-        rows = sample.detach().float().cpu().contiguous()
-        return [int.from_bytes(hashlib.blake2b(r.numpy().tobytes(), digest_size=8).digest(), "little") for r in rows]
-
-
-def _drawn(generator: torch.Generator) -> int:
-    """A seed from a generator, which moves on by it."""
-    return int(torch.randint(0, 2**62, (1,), generator=generator, device=generator.device))
 
 
 def _number(timestep: Any) -> float:
