@@ -783,6 +783,9 @@ def test_calls_that_are_wrong() -> None:
     s = Scheduler.from_config(DDIM_CONFIG, solver="ddim", final="sigma_min")
     with pytest.raises(ValueError, match="1 step leaves nothing to do before the clean data"):
         s.set_timesteps(1)
+    s = Scheduler.from_config(diffusers.EulerDiscreteScheduler(interpolation_type="log_linear"), solver="ddim")
+    with pytest.raises(ValueError, match="interpolation_type = 'log_linear' is not supported"):
+        s.set_timesteps(5)
     s = Scheduler.from_config(DDIM_CONFIG, solver="ddim", grid=[0.0, 0.5, 1.0])
     with pytest.raises(ValueError, match="grid= has 3 times, and 5 steps need 6"):
         s.set_timesteps(5)

@@ -61,6 +61,16 @@ FLOW_SCHEDULERS = (
     "FlowMatchHeunDiscreteScheduler",
     "LTXEulerAncestralRFScheduler",
 )
+EULERS = (
+    "DPMSolverSDEScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LMSDiscreteScheduler",
+)
+"""Schedulers whose state is x/α."""
 TABLE_SCHEDULERS = (
     "DDPMScheduler",
     "DDIMScheduler",
@@ -70,14 +80,7 @@ TABLE_SCHEDULERS = (
     "DEISMultistepScheduler",
     "DPMSolverMultistepScheduler",
     "DPMSolverMultistepInverseScheduler",
-    "DPMSolverSDEScheduler",
     "DPMSolverSinglestepScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "LMSDiscreteScheduler",
     "PNDMScheduler",
     "SASolverScheduler",
     "UniPCMultistepScheduler",
@@ -85,6 +88,7 @@ TABLE_SCHEDULERS = (
     "CogVideoXDPMScheduler",
     "RePaintScheduler",
     "UnCLIPScheduler",
+    *EULERS,
 )
 EDM_SCHEDULERS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "CosineDPMSolverMultistepScheduler")
 OTHER_SCHEDULERS = ("ScoreSdeVeScheduler", "ScoreSdeVpScheduler", "IPNDMScheduler")

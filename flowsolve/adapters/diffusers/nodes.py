@@ -23,8 +23,8 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
-from flowsolve.adapters.diffusers.convention import FLOW_SCHEDULERS
-from flowsolve.adapters.diffusers.reading import EULERS, Reading
+from flowsolve.adapters.diffusers.convention import EULERS, FLOW_SCHEDULERS
+from flowsolve.adapters.diffusers.reading import Reading
 from flowsolve.adapters.diffusers.tables import alphas_cumprod
 from flowsolve.grids.quantile import beta_quantile
 from flowsolve.paths import Discrete, Trig
@@ -147,6 +147,8 @@ def _ended(reading: Reading, times: list[float]) -> Nodes:
 
 def _entries(reading: Reading, table: Discrete, steps: int) -> list[float]:
     """The entries of the table at which steps begin."""
+    if (between := reading.config.get("interpolation_type", "linear")) != "linear":
+        raise ValueError(f"interpolation_type = {between!r} is not supported; expected 'linear', or another grid=")
     config, usual = reading.config, "leading" if reading.name == "RePaintScheduler" else "linspace"
     kind = config.get("timestep_spacing", usual)
     size = int(config["num_train_timesteps"])

@@ -22,7 +22,8 @@ given latents at its first step and ends the loop.
 * All samples of a turn have one time. Samples at different times, as an adaptive solver has them, take one turn each:
   capture one sample at a time, or expect B times the work for a batch of B. NFE counts what a sample asked for.
 * Thread-local settings of the caller, such as autocast, do not reach the loop, except for the device.
-* Configured clipping and thresholding of ẑ is the scheduler's, and is not part of the flow.
+* Configured clipping and thresholding of ẑ is the scheduler's, and is not part of the flow; for it, wrap the flow:
+  `guidance.Transformed(held.flow, guidance.Clip())`.
 * A likelihood under guidance is that of the guided field, which is not a density of the model at any temperature.
 """
 

@@ -15,23 +15,13 @@ from typing import Any
 
 from torch import Tensor
 
-from flowsolve.adapters.diffusers.convention import Convention, Line, completed, convention
+from flowsolve.adapters.diffusers.convention import EULERS, Convention, Line, completed, convention
 from flowsolve.flow import Flow
 from flowsolve.guidance import Clip, Threshold
 from flowsolve.paths import CondOT, Path, Point
 
-__all__ = ["EULERS", "OURS", "Reading", "read", "start_std"]
+__all__ = ["OURS", "Reading", "read", "start_std"]
 
-EULERS = (
-    "DPMSolverSDEScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "LMSDiscreteScheduler",
-)
-"""Schedulers whose state is x/α."""
 OURS = "flowsolve"
 """The entry of a configuration that holds what is this package's own (`flowsolve.adapters.diffusers.settings`)."""
 
