@@ -197,7 +197,7 @@ def completed(scheduler: Any) -> dict[str, Any]:
 def _defaults(library: Any, name: str) -> dict[str, Any]:
     """The options of a scheduler's class, as they are by default."""
     options = inspect.signature(getattr(library.schedulers, name).__init__).parameters.values()
-    return {p.name: p.default for p in options if p.name != "self" and p.kind is not p.VAR_KEYWORD}
+    return {p.name: p.default for p in options if p.name != "self" and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
 
 
 def _by_options(library: Any, config: Mapping[str, Any]) -> str | None:
@@ -205,9 +205,9 @@ def _by_options(library: Any, config: Mapping[str, Any]) -> str | None:
 
     Supported classes that share their options share their convention.
     """
-    if "_class_name" in config:
-        return None
     keys = {k for k in config if not k.startswith("_")}
+    if "_class_name" in config or not keys:
+        return None
     known = [n for n in (*SUPPORTED, *DISTILLED) if hasattr(library.schedulers, n)]
     found = [n for n in known if _defaults(library, n).keys() == keys]
     return found[0] if found and not set(found) & set(DISTILLED) else None
