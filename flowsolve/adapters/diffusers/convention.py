@@ -116,17 +116,17 @@ PREDICTION_TYPES = {"epsilon": "noise", "sample": "data", "v_prediction": "v"}
 
 @dataclass(frozen=True)
 class Line:
-    """The clock k = scale · (t − zero), and its inverse."""
+    """The clock k = N t, or N (1 − t) where noise is last on it; and its inverse."""
 
     scale: float
-    zero: float
+    noise_last: bool = True
 
     def __call__(self, t: Any) -> Any:
-        return self.scale * (t - self.zero)
+        return self.scale * (1.0 - t if self.noise_last else t)
 
     def inverse(self, k: Any) -> Any:
         """The flow time at which the clock shows k."""
-        return self.zero + k / self.scale
+        return 1.0 - k / self.scale if self.noise_last else k / self.scale
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ def convention(config: Mapping[str, Any]) -> Convention:
     if name == "IPNDMScheduler":
         if config.get("trained_betas") is not None:
             raise ValueError(f"{name} with trained_betas is not supported; expected None")
-        return Convention(Trig(), PREDICTIONS["v"], time=Line(-1.0, 1.0), clock="1 − t")
+        return Convention(Trig(), PREDICTIONS["v"], time=Line(1.0), clock="1 − t")
     if name not in TABLE_SCHEDULERS:
         raise ValueError(_unsupported(f"scheduler {name}", SUPPORTED))
     kind = config.get("prediction_type", "epsilon")
@@ -278,8 +278,8 @@ def convention(config: Mapping[str, Any]) -> Convention:
 
 def _flow(n: float, prediction: Prediction, inverted: bool) -> Convention:
     if inverted:
-        return Convention(CondOT(), PREDICTIONS["velocity"], time=Line(n, 0.0), clock=f"{n:g} t")
-    return Convention(CondOT(), prediction, time=Line(-n, 1.0), clock=f"{n:g} (1 − t)")
+        return Convention(CondOT(), PREDICTIONS["velocity"], time=Line(n, noise_last=False), clock=f"{n:g} t")
+    return Convention(CondOT(), prediction, time=Line(n), clock=f"{n:g} (1 − t)")
 
 
 def _edm(name: str, config: Mapping[str, Any]) -> Convention:
