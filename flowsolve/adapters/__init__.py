@@ -8,12 +8,16 @@ from typing import Any
 
 import torch
 
+from flowsolve.adapters import diffusers
 from flowsolve.adapters.detection import FORMATS, inspect
 from flowsolve.adapters.files import UnsafeFile
 from flowsolve.adapters.finding import THRESHOLD, Finding, Unrecognised
 from flowsolve.flow import Flow
 
-__all__ = ["BUNDLED", "FORMATS", "THRESHOLD", "Finding", "Unrecognised", "UnsafeFile", "bundled", "inspect", "load"]
+__all__ = [
+    "BUNDLED", "FORMATS", "THRESHOLD", "Finding", "Unrecognised", "UnsafeFile", "bundled", "diffusers", "inspect",
+    "load",
+]  # fmt: skip
 
 BUNDLED = ("digits-ddpm", "digits-condot")
 

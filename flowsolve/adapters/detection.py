@@ -148,5 +148,4 @@ def _nothing(source: Source, format: str | None) -> Finding:
         missing.append(_trust(source))
     elif source.kind in ("torch", "safetensors"):
         missing.append("net= (the network that the weights belong to)")
-    name = f"a {type(source.given).__name__}" if source.kind == "object" else str(source.given)
-    return Finding(name, evidence=tuple(seen), missing=tuple(missing))
+    return Finding(source.title, evidence=tuple(seen), missing=tuple(missing))

@@ -24,7 +24,7 @@ from torch import nn
 
 from flowsolve.adapters.files import Source
 from flowsolve.adapters.finding import Finding
-from flowsolve.adapters.networks import FirstHalf, fill, place
+from flowsolve.adapters.networks import FirstHalf, count, filled, place
 from flowsolve.paths import VP, CondOT, Discrete, Path, Trig
 from flowsolve.predictions import PREDICTIONS, Prediction, Row, resolve
 from flowsolve.transforms import Latent
@@ -77,14 +77,10 @@ def recognise(source: Source, said: Mapping[str, Any], asked: bool) -> Finding |
         missing += lacking
 
     def network(device: Any, dtype: Any) -> Any:
-        assert net is not None
-        if source.kind != "object":
-            source.require_trust()
-            fill(net, source.state(), source.file)
-        return FirstHalf(place(net, device, dtype)).eval()
+        return FirstHalf(place(filled(net, source), device, dtype)).eval()
 
     return Finding(
-        f"a {type(net).__name__}" if source.kind == "object" else str(source.given),
+        source.title,
         kind or "dit or sit",
         sure,
         tuple(evidence),
@@ -93,7 +89,7 @@ def recognise(source: Source, said: Mapping[str, Any], asked: bool) -> Finding |
         time,
         clock,
         transform=Latent(LATENT_SCALE),
-        parameters=sum(torch.Size(s).numel() for s in shapes.values()),
+        parameters=count(net, source),
         missing=tuple(missing),
         network=network,
     )

@@ -153,6 +153,11 @@ class Source:
             self.tensors = {k: tuple(v.shape) for k, v in self.state().items()}
         return self
 
+    @property
+    def title(self) -> str:
+        """What was given, in words."""
+        return f"a {type(self.given).__name__}" if self.kind == "object" else str(self.given)
+
     def require_trust(self) -> None:
         """Raise unless reading the file runs nothing, naming what would be imported."""
         if self.content is None and (self.unsafe or self.kind == "pickle"):

@@ -16,13 +16,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
-from flowsolve.adapters.diffusers.convention import alphas_cumprod
+from flowsolve.adapters.diffusers.tables import alphas_cumprod
 from flowsolve.adapters.files import Source
 from flowsolve.adapters.finding import Finding
-from flowsolve.adapters.networks import FirstHalf, fill, place
+from flowsolve.adapters.networks import FirstHalf, count, filled, place
 from flowsolve.paths import Discrete
 from flowsolve.predictions import PREDICTIONS
 from flowsolve.transforms import Range
@@ -87,14 +86,10 @@ def recognise(source: Source, said: Mapping[str, Any], asked: bool) -> Finding |
         return scale * curve.native_time(t)
 
     def network(device: Any, dtype: Any) -> Any:
-        assert net is not None
-        if source.kind != "object":
-            source.require_trust()
-            fill(net, source.state(), source.file)
-        return FirstHalf(place(net, device, dtype)).eval()
+        return FirstHalf(place(filled(net, source), device, dtype)).eval()
 
     return Finding(
-        f"a {type(net).__name__}" if source.kind == "object" else str(source.given),
+        source.title,
         NAMES[0],
         sure,
         tuple(evidence),
@@ -103,7 +98,7 @@ def recognise(source: Source, said: Mapping[str, Any], asked: bool) -> Finding |
         None if curve is None else clock if scale != 1.0 else "native",
         f"{scale:g} k" if scale != 1.0 else "the index k of the table",
         transform=Range(-1.0, 1.0),
-        parameters=sum(torch.Size(s).numel() for s in shapes.values()),
+        parameters=count(net, source),
         missing=tuple(missing),
         network=network,
     )

@@ -20,6 +20,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -27,15 +28,20 @@ import torch
 from torch import Tensor, nn
 
 from flowsolve._batch import per_sample
+from flowsolve.adapters.files import Source
 from flowsolve.paths import Path
 from flowsolve.predictions import Prediction, Row
 
 __all__ = [
     "FirstHalf",
     "Preconditioned",
+    "Preconditioning",
     "Reordered",
     "argument_order",
+    "count",
     "fill",
+    "filled",
+    "first_half",
     "place",
     "preconditioned",
     "require_unscaled",
@@ -68,13 +74,17 @@ class Wrapper(nn.Module):
         self.net = net
 
 
+def first_half(output: Tensor, x: Tensor) -> Tensor:
+    """An output without a learned variance: the first half of its channels where it has twice those of x."""
+    twice = isinstance(output, Tensor) and output.ndim == x.ndim > 1 and output.shape[1] == 2 * x.shape[1]
+    return output[:, : x.shape[1]] if twice else output
+
+
 class FirstHalf(Wrapper):
-    """The first half of the output's channels where it has twice those of x: a learned variance is not used."""
+    """A network whose learned variance, if it has one, is not used."""
 
     def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
-        output: Tensor = self.net(x, t, **cond)
-        twice = isinstance(output, Tensor) and output.ndim == x.ndim > 1 and output.shape[1] == 2 * x.shape[1]
-        return output[:, : x.shape[1]] if twice else output
+        return first_half(self.net(x, t, **cond), x)
 
 
 class Reordered(Wrapper):
@@ -84,17 +94,45 @@ class Reordered(Wrapper):
         return self.net(t, x, **cond)  # type: ignore[no-any-return]
 
 
+@dataclass(frozen=True)
+class Preconditioning:
+    """How a network behind EDM's preconditioning is asked on z + σε; numbers in, numbers out, and tensors likewise.
+
+    Attributes:
+        sigma_data: σ_d.
+        noise: c_noise: "log" for ¼ log σ, "atan" for (2/π) arctan σ.
+    """
+
+    sigma_data: float
+    noise: str = "log"
+
+    def scale(self, sigma: Any) -> Any:
+        """c_in = 1/√(σ² + σ_d²)."""
+        return (sigma**2 + self.sigma_data**2) ** -0.5
+
+    def time(self, sigma: Any) -> Any:
+        """c_noise, the network's time at σ."""
+        of: Any = torch if isinstance(sigma, Tensor) else math
+        return 0.25 * of.log(sigma) if self.noise == "log" else (2.0 / math.pi) * of.atan(sigma)
+
+    def sigma(self, time: Any) -> Any:
+        """The σ at which the network's time is that."""
+        of: Any = torch if isinstance(time, Tensor) else math
+        return of.exp(4.0 * time) if self.noise == "log" else of.tan(0.5 * math.pi * time)
+
+    def __str__(self) -> str:
+        return "¼ log σ" if self.noise == "log" else "(2/π) arctan σ"
+
+
 class Preconditioned(Wrapper):
     """F(c_in x, c_noise(σ)) with the flow's clock reading σ on a path with α = 1."""
 
-    def __init__(self, net: Callable[..., Any], sigma_data: float, noise: str) -> None:
+    def __init__(self, net: Callable[..., Any], asked: Preconditioning) -> None:
         super().__init__(net)
-        self.sigma_data, self.noise = sigma_data, noise
+        self.asked = asked
 
     def forward(self, x: Tensor, sigma: Tensor, **cond: Any) -> Tensor:
-        scale = per_sample((sigma.square() + self.sigma_data**2).rsqrt(), x)
-        when = 0.25 * sigma.log() if self.noise == "log" else sigma.atan() * (2.0 / math.pi)
-        return self.net(scale * x, when, **cond)  # type: ignore[no-any-return]
+        return self.net(per_sample(self.asked.scale(sigma), x) * x, self.asked.time(sigma), **cond)  # type: ignore[no-any-return]
 
 
 def require_unscaled(path: Path | None) -> None:
@@ -162,3 +200,23 @@ def fill(net: nn.Module, state: dict[str, Tensor], file: Any) -> nn.Module:
             )
     net.load_state_dict(state)
     return net
+
+
+def filled(net: Any, source: Source) -> Any:
+    """A network in memory, or one that was declared with the weights of its file in it.
+
+    Raises:
+        UnsafeFile: reading the file would run code.
+        ValueError: weights that do not belong to it.
+    """
+    if source.kind == "object":
+        return net
+    source.require_trust()
+    return fill(net, source.state(), source.file)
+
+
+def count(net: Any, source: Source) -> int | None:
+    """The numbers in a network's parameters, or in its file's tensors; None where none are seen."""
+    if isinstance(net, nn.Module):
+        return sum(p.numel() for p in net.parameters())
+    return sum(math.prod(shape) for shape in source.tensors.values()) or None

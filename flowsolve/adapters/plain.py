@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from flowsolve.adapters.files import Source
 from flowsolve.adapters.finding import Finding
-from flowsolve.adapters.networks import FirstHalf, fill, place
+from flowsolve.adapters.networks import FirstHalf, count, filled, place
 from flowsolve.adapters.velocity import ordered
 from flowsolve.paths import CondOT
 
@@ -41,20 +40,12 @@ def recognise(source: Source, said: Mapping[str, Any], asked: bool) -> Finding |
 
     def network(device: Any, dtype: Any) -> Any:
         assert call is not None
-        assert net is not None
-        if source.kind != "object":
-            source.require_trust()
-            fill(net, source.state(), source.file)
-        placed = call(place(net, device, dtype))
+        placed = call(place(filled(net, source), device, dtype))
         return FirstHalf(placed).eval() if isinstance(net, nn.Module) else placed
 
-    if isinstance(net, nn.Module):
-        count: int | None = sum(p.numel() for p in net.parameters())
-    else:
-        count = sum(torch.Size(s).numel() for s in source.tensors.values()) or None
     return Finding(
-        f"a {type(net).__name__}" if source.kind == "object" else str(source.given),
+        source.title,
         "plain", 1.0 if asked or not missing else 0.8, (how,) if how else (),
-        time="flow" if straight else None, clock="t" if straight else "", parameters=count,
+        time="flow" if straight else None, clock="t" if straight else "", parameters=count(net, source),
         missing=tuple(missing), network=network,
     )  # fmt: skip

@@ -25,7 +25,7 @@ from torch import nn
 
 from flowsolve.adapters.files import Source
 from flowsolve.adapters.finding import Finding
-from flowsolve.adapters.networks import fill, place
+from flowsolve.adapters.networks import count, filled, place
 from flowsolve.paths import VE, VP, Path, SubVP
 from flowsolve.predictions import PREDICTIONS
 from flowsolve.transforms import Range
@@ -84,11 +84,10 @@ def recognise(source: Source, said: Mapping[str, Any], asked: bool) -> Finding |
 
     def network(device: Any, dtype: Any) -> Any:
         assert isinstance(net, nn.Module)
-        return place(net if source.kind == "object" else _filled(net, source), device, dtype)
+        return place(_averaged(net, source), device, dtype)
 
-    shapes = source.tensors.values()
     return Finding(
-        f"a {type(net).__name__}" if source.kind == "object" else str(source.given),
+        source.title,
         NAMES[0],
         0.95 if sure else 0.7,
         tuple(evidence),
@@ -97,9 +96,7 @@ def recognise(source: Source, said: Mapping[str, Any], asked: bool) -> Finding |
         clock,
         "" if kind is None else "σ" if kind == "ve" else "999 τ",
         transform=None if kind is None else Range(-1.0 if centered else 0.0, 1.0),
-        parameters=sum(p.numel() for p in net.parameters())
-        if isinstance(net, nn.Module)
-        else sum(torch.Size(s).numel() for s in shapes),
+        parameters=count(net, source),
         missing=tuple(missing),
         refusal=refusal,
         network=network,
@@ -144,10 +141,9 @@ def _sde(said: Mapping[str, Any], config: Any) -> tuple[str | None, dict[str, fl
     return kind, constants, told, centered
 
 
-def _filled(net: nn.Module, source: Source) -> nn.Module:
+def _averaged(net: nn.Module, source: Source) -> nn.Module:
     """The network with the file's weights, averaged where the file has averages (in the order of its parameters)."""
-    source.require_trust()
-    fill(net, source.state(), source.file)
+    filled(net, source)
     ema = source.content.get("ema") if isinstance(source.content, Mapping) else None
     if not isinstance(ema, Mapping) or "shadow_params" not in ema:
         return net

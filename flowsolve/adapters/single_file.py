@@ -25,10 +25,19 @@ from typing import Any
 
 import torch
 
-from flowsolve.adapters.diffusers.convention import FLOW, JUMPS, alphas_cumprod
+from flowsolve.adapters.diffusers.convention import FLOW, JUMPS
+from flowsolve.adapters.diffusers.tables import alphas_cumprod
 from flowsolve.adapters.files import Source
 from flowsolve.adapters.finding import Finding
-from flowsolve.adapters.networks import FirstHalf, Preconditioned, fill, place, preconditioned, require_unscaled
+from flowsolve.adapters.networks import (
+    FirstHalf,
+    Preconditioned,
+    Preconditioning,
+    fill,
+    place,
+    preconditioned,
+    require_unscaled,
+)
 from flowsolve.paths import EDM, CondOT, Discrete, Path
 from flowsolve.predictions import PREDICTIONS, Prediction
 from flowsolve.transforms import Latent
@@ -125,7 +134,7 @@ def _unet(source: Source, said: Mapping[str, Any], bare: Mapping[str, Any], widt
 
     def network(device: Any, dtype: Any) -> Any:
         net = FirstHalf(_filled(source, said, device, dtype)).eval()
-        return net if edm is None else Preconditioned(net, edm, "log").eval()
+        return net if edm is None else Preconditioned(net, Preconditioning(edm)).eval()
 
     return Finding(
         str(source.given), NAMES[0], 0.95 if kind else 0.6, tuple(evidence), path, prediction, time, clock,

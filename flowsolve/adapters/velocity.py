@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flowsolve.adapters.files import Source
 from flowsolve.adapters.finding import Finding
-from flowsolve.adapters.networks import Reordered, Wrapper, argument_order, fill, place
+from flowsolve.adapters.networks import Reordered, Wrapper, argument_order, count, filled, place
 from flowsolve.paths import CondOT, Path, Trig
 from flowsolve.predictions import PREDICTIONS
 
@@ -123,16 +123,10 @@ def recognise(source: Source, said: Mapping[str, Any], asked: bool) -> Finding |
 
     def network(device: Any, dtype: Any) -> Any:
         assert call is not None
-        assert net is not None
-        if source.kind != "object":
-            source.require_trust()
-            fill(net, source.state(), source.file)
-        return call(place(net, device, dtype))
+        return call(place(filled(net, source), device, dtype))
 
-    shapes = source.tensors.values()
-    count = sum(p.numel() for p in net.parameters()) if isinstance(net, nn.Module) else None
     return Finding(
-        f"a {type(net).__name__}" if source.kind == "object" else str(source.given),
+        source.title,
         name,
         sure,
         tuple(evidence),
@@ -140,7 +134,7 @@ def recognise(source: Source, said: Mapping[str, Any], asked: bool) -> Finding |
         PREDICTIONS["velocity"],
         "flow",
         "t",
-        parameters=count if count is not None else sum(torch.Size(s).numel() for s in shapes) or None,
+        parameters=count(net, source),
         missing=tuple(missing),
         network=network,
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowsolve._batch import MARK, per_sample, take
 from flowsolve.flow import Flow
-from flowsolve.guidance.base import STRAIGHT, Guided, Interval, Schedule, straight
+from flowsolve.guidance.base import STRAIGHT, Guided, Interval, Schedule, require_flow, straight
 from flowsolve.guidance.conditioning import RESERVED, select
 from flowsolve.guidance.extrapolation import Extrapolation, many
 from flowsolve.guidance.rules import Rule
@@ -48,9 +48,8 @@ class Autoguidance(Extrapolation):
         rescale: float = 0.0,
         rescale_in: str = "data",
     ) -> None:
-        for name, given in (("flow", flow), ("weak", weak)):
-            if not isinstance(given, Flow):
-                raise TypeError(f"{name} is a {type(given).__name__}; expected a flowsolve.Flow")
+        require_flow(flow)
+        require_flow(weak, "weak")
         self.weak = weak
         self._same = weak.path == flow.path
         low, high = (_share(weak.path, t) for t in weak.path.window)

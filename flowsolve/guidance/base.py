@@ -32,7 +32,7 @@ from flowsolve.guidance.conditioning import own
 from flowsolve.paths import Path, Point
 from flowsolve.predictions import Prediction, Row
 
-__all__ = ["STRAIGHT", "Guided", "Interval", "Schedule", "host", "moved", "straight"]
+__all__ = ["STRAIGHT", "Guided", "Interval", "Schedule", "host", "moved", "require_flow", "straight"]
 
 STRAIGHT = Prediction("straight", lambda p: Row(1.0, -1.0))
 """ẑ − ε̂: the velocity in the straight chart."""
@@ -178,10 +178,6 @@ class Guided(Flow):
     """
 
     def __init__(self, flow: Flow, prediction: Prediction, nfe_range: tuple[int, int]) -> None:
-        if not isinstance(flow, Flow):
-            raise TypeError(
-                f"flow is a {type(flow).__name__}; expected a flowsolve.Flow, such as Flow(net, path, prediction)"
-            )
         super().__init__(flow.net, flow.path, prediction, time=flow.clock, dtype=flow._dtype, transform=flow.transform)
         self.base = flow
         self.nfe_range = nfe_range
@@ -223,6 +219,14 @@ class Guided(Flow):
 
     def _point(self, x: Tensor, t: float | Tensor) -> Point:
         return self.base._point(x, t)
+
+
+def require_flow(flow: Any, name: str = "flow") -> None:
+    """Raise TypeError unless it is a flow."""
+    if not isinstance(flow, Flow):
+        raise TypeError(
+            f"{name} is a {type(flow).__name__}; expected a flowsolve.Flow, such as Flow(net, path, prediction)"
+        )
 
 
 def host(t: Any) -> Any:

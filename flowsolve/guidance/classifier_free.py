@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 
 from flowsolve._batch import MARK, take
 from flowsolve.flow import Flow
-from flowsolve.guidance.base import Interval, Schedule
+from flowsolve.guidance.base import Interval, Schedule, require_flow
 from flowsolve.guidance.conditioning import RESERVED, join, replaced, select
 from flowsolve.guidance.extrapolation import Extrapolation, many
 from flowsolve.guidance.rules import Rule
@@ -64,8 +64,7 @@ class ClassifierFree(Extrapolation):
         rescale_in: str = "data",
         batched: bool = True,
     ) -> None:
-        if not isinstance(flow, Flow):
-            raise TypeError(f"flow is a {type(flow).__name__}; expected a flowsolve.Flow")
+        require_flow(flow)
         if unconditional is not None and not isinstance(unconditional, Mapping):
             raise TypeError(
                 f"unconditional is a {type(unconditional).__name__}; expected a mapping of the network's keyword "

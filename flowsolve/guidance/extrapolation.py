@@ -33,8 +33,6 @@ class Extrapolation(Guided):
         rescale: float,
         rescale_in: str,
     ) -> None:
-        if not isinstance(flow, Flow):
-            raise TypeError(f"flow is a {type(flow).__name__}; expected a flowsolve.Flow")
         if rule is not None and not callable(rule):
             raise TypeError(
                 f"rule is {rule!r}; expected a rule such as APG() or ZeroStar(), or None for the linear one"

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from flowsolve._batch import MARK, per_sample, send, take
 from flowsolve.flow import Flow, network_time
-from flowsolve.guidance.base import STRAIGHT, Guided, Interval, Schedule, host, moved, straight
+from flowsolve.guidance.base import STRAIGHT, Guided, Interval, Schedule, host, moved, require_flow, straight
 from flowsolve.guidance.conditioning import own, select
 from flowsolve.predictions import Row, SingularEstimate
 
@@ -43,8 +43,7 @@ class _Gradient(Guided):
     def __init__(
         self, flow: Flow, log_prob: Callable[..., Tensor], scale: Any, interval: Any, evaluations: int
     ) -> None:
-        if not isinstance(flow, Flow):
-            raise TypeError(f"flow is a {type(flow).__name__}; expected a flowsolve.Flow")
+        require_flow(flow)
         if not callable(log_prob):
             raise TypeError(f"log_prob is a {type(log_prob).__name__}; expected a function of shape (B, *S) to (B,)")
         if isinstance(evaluations, bool) or not isinstance(evaluations, int) or evaluations < 0:
@@ -140,14 +139,7 @@ class _Gradient(Guided):
         return moved(output, point, NOISE, -change)
 
     def _value(
-        self,
-        here: Tensor,
-        x: Tensor,
-        t: Any,
-        point: Any,
-        ask: Callable[[Tensor], Tensor],
-        given: Any,
-        recording: bool,
+        self, here: Tensor, x: Tensor, t: Any, point: Any, ask: Callable[[Tensor], Tensor], given: Any, recording: bool
     ) -> tuple[Tensor, Tensor]:
         """The straight output, and the log-probability as a function of `here`.
 
@@ -213,14 +205,7 @@ class Classifier(_Gradient):
         return {**super().settings, "time": [float(self._reads(t)) for t in (0.25, 0.5, 0.75)]}
 
     def _value(
-        self,
-        here: Tensor,
-        x: Tensor,
-        t: Any,
-        point: Any,
-        ask: Callable[[Tensor], Tensor],
-        given: Any,
-        recording: bool,
+        self, here: Tensor, x: Tensor, t: Any, point: Any, ask: Callable[[Tensor], Tensor], given: Any, recording: bool
     ) -> tuple[Tensor, Tensor]:
         with torch.set_grad_enabled(recording):
             output = straight(self.base, x, ask(x), point)
@@ -256,14 +241,7 @@ class Posterior(_Gradient):
         super().__init__(flow, log_prob, scale, interval, evaluations)
 
     def _value(
-        self,
-        here: Tensor,
-        x: Tensor,
-        t: Any,
-        point: Any,
-        ask: Callable[[Tensor], Tensor],
-        given: Any,
-        recording: bool,
+        self, here: Tensor, x: Tensor, t: Any, point: Any, ask: Callable[[Tensor], Tensor], given: Any, recording: bool
     ) -> tuple[Tensor, Tensor]:
         found = self.base.read(here, ask(here), point)
         return straight(self.base, here, found.output, point), self.log_prob(found.data, **given)

@@ -89,11 +89,11 @@ class APG:
         alpha, sigma, *_ = point
         gap = strong - weak
         if self.norm_threshold < math.inf:
-            length = per_sample(sigma / (alpha + sigma), x) * _wide(torch.linalg.vector_norm(rows(gap), dim=1), x)
+            length = per_sample(sigma / (alpha + sigma), x) * per_sample(torch.linalg.vector_norm(rows(gap), dim=1), x)
             gap = gap * (self.norm_threshold / length.clamp_min(torch.finfo(x.dtype).tiny)).clamp_max(1.0)
         if self.eta != 1.0:
             data = Estimate(x, strong, point, Row(1.0, -1.0)).data
-            along = _wide(_ratio(_dot(gap, data), _dot(data, data)), x) * data
+            along = per_sample(_ratio(_dot(gap, data), _dot(data, data)), x) * data
             gap = gap - (1.0 - self.eta) * along
         made: Tensor = strong + per_sample(scale - 1.0, x) * gap
         return made
@@ -115,7 +115,7 @@ class ZeroStar:
 
     def __call__(self, strong: Tensor, weak: Tensor, x: Tensor, point: Point, scale: Any) -> Tensor:
         """s★ o_u + w (o_c − s★ o_u)."""
-        weak = _wide(_ratio(_dot(strong, weak), _dot(weak, weak)), x) * weak
+        weak = per_sample(_ratio(_dot(strong, weak), _dot(weak, weak)), x) * weak
         made: Tensor = weak + per_sample(scale, x) * (strong - weak)
         return made
 
@@ -135,7 +135,7 @@ def rescaled(output: Tensor, strong: Tensor, x: Tensor, point: Point, row: Row, 
         raise ValueError(f"rescale compares the spread within a sample, and one has shape {tuple(x.shape[1:])}")
     guided, wanted = (Estimate(x, o, point, Row(1.0, -1.0)).combine(row.data, row.noise) for o in (output, strong))
     ratio = _ratio(rows(wanted).std(1, correction=0), rows(guided).std(1, correction=0), otherwise=1.0)
-    return moved(output, point, row, share * _wide(ratio - 1.0, x) * guided)
+    return moved(output, point, row, share * per_sample(ratio - 1.0, x) * guided)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -147,8 +147,3 @@ def _ratio(a: Tensor, b: Tensor, otherwise: float = 0.0) -> Tensor:
     """a/b, and `otherwise` where b is 0."""
     none = b == 0.0
     return torch.where(none, otherwise, a / torch.where(none, 1.0, b))
-
-
-def _wide(v: Tensor, x: Tensor) -> Tensor:
-    """Numbers of the samples, shape (B,), against x of shape (B, *S)."""
-    return v.reshape(-1, *[1] * (x.ndim - 1))

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from flowsolve._batch import rows
 from flowsolve.flow import Flow
-from flowsolve.guidance.base import STRAIGHT, Guided, moved, straight
+from flowsolve.guidance.base import STRAIGHT, Guided, moved, require_flow, straight
 from flowsolve.predictions import Row
 
 __all__ = ["Clip", "Threshold", "Transformed"]
@@ -113,7 +113,8 @@ class Transformed(Guided):
     def __init__(self, flow: Flow, function: Callable[[Tensor], Tensor]) -> None:
         if isinstance(function, type) or not callable(function):
             raise TypeError(f"function is {function!r}; expected a function of ẑ, such as Threshold(0.995)")
-        super().__init__(flow, STRAIGHT, getattr(flow, "nfe_range", (1, 1)))
+        require_flow(flow)
+        super().__init__(flow, STRAIGHT, flow.nfe_range)
         self.function = function
 
     def call(self, x: Tensor, t: float | Tensor, *, clock: Callable[[Any], Any] | None = None, **cond: Any) -> Tensor:

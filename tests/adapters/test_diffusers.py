@@ -16,24 +16,9 @@ from flowsolve.adapters.diffusers import TABLE_SCHEDULERS, alphas_cumprod, as_fl
 from flowsolve.paths import CondOT, Discrete
 from flowsolve.problems import digits
 from flowsolve.training import cfm_loss, dsm_loss, times
+from tests.adapters.tiny import unet
 
 diffusers = pytest.importorskip("diffusers")
-
-
-def tiny(**options: Any) -> Any:
-    torch.manual_seed(0)
-    settings = dict(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        attention_head_dim=8,
-    )
-    return diffusers.UNet2DModel(**{**settings, **options}).eval()
 
 
 def images(n: int = 3) -> Tensor:
@@ -44,7 +29,7 @@ def images(n: int = 3) -> Tensor:
 def checkpoint(tmp_path: Path) -> Path:
     """A directory as diffusers writes it."""
     scheduler = diffusers.DDPMScheduler(clip_sample=False)
-    diffusers.DDPMPipeline(unet=tiny(), scheduler=scheduler).save_pretrained(tmp_path / "model")
+    diffusers.DDPMPipeline(unet=unet(), scheduler=scheduler).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -63,7 +48,7 @@ def test_tables_are_those_of_diffusers(name: str, schedule: str) -> None:
         scheduler = getattr(diffusers, name)(beta_schedule=schedule, beta_start=2e-4, beta_end=0.012)
     theirs = scheduler.alphas_cumprod.float()
     torch.testing.assert_close(alphas_cumprod(scheduler.config).float(), theirs, rtol=2e-4, atol=1e-7)
-    flow = as_flow(tiny(), scheduler)
+    flow = as_flow(torch.nn.Identity(), scheduler)
     assert isinstance(flow.path, Discrete)
     k = torch.tensor([0.0, 1.0, 517.0, 999.0], dtype=torch.float64)
     alpha = flow.path.alpha(flow.path.time_from_native(k))
@@ -86,21 +71,21 @@ def test_trained_betas_and_zero_terminal_snr() -> None:
 
 
 def test_default_linear_table_is_that_of_the_path() -> None:
-    assert as_flow(tiny(), diffusers.DDPMScheduler()).path == Discrete.linear()
+    assert as_flow(unet(), diffusers.DDPMScheduler()).path == Discrete.linear()
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
 def test_estimates_are_those_of_a_ddim_step(tmp_path: Path, kind: str) -> None:
     """x̂₀ and ε̂ of a loaded checkpoint against the scheduler's own reading of the same output."""
     scheduler = diffusers.DDIMScheduler(prediction_type=kind, clip_sample=False, timestep_spacing="trailing")
-    unet = tiny()
-    save(unet, scheduler, tmp_path / "model", "DDIMPipeline")
+    net = unet()
+    save(net, scheduler, tmp_path / "model", "DDIMPipeline")
     flow = adapters.load(tmp_path / "model")
     scheduler.set_timesteps(10)
     x = images()
     for k in scheduler.timesteps[:-1].tolist():
         with torch.no_grad():
-            output = unet(x, k).sample
+            output = net(x, k).sample
             estimate = flow.estimate(x, flow.path.time_from_native(float(k)))
         torch.testing.assert_close(estimate.output, output, rtol=1e-5, atol=1e-6)
         step = scheduler.step(output, k, x)
@@ -112,19 +97,19 @@ def test_estimates_are_those_of_a_ddim_step(tmp_path: Path, kind: str) -> None:
 
 
 def test_round_trip_is_exact(checkpoint: Path) -> None:
-    unet, flow = tiny(), adapters.load(checkpoint)
+    net, flow = unet(), adapters.load(checkpoint)
     assert flow.prediction.name == "noise"
     assert flow.dtype == torch.float32
     assert not flow.net.training  # type: ignore[union-attr]
     for k in (0, 400, 999):
         with torch.no_grad():
-            assert torch.equal(flow.net(images(), torch.full((3,), float(k))), unet(images(), k).sample)
+            assert torch.equal(flow.net(images(), torch.full((3,), float(k))), net(images(), k).sample)
 
 
 def test_flow_matching_convention(tmp_path: Path) -> None:
     """The network reads 1000σ and predicts ε − z: an Euler step of ours is an Euler step of theirs."""
-    scheduler, unet = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), tiny()
-    save(unet, scheduler, tmp_path / "model", "DiffusionPipeline")
+    scheduler, net = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), unet()
+    save(net, scheduler, tmp_path / "model", "DiffusionPipeline")
     flow = adapters.load(tmp_path / "model")
     assert flow.path == CondOT()
     scheduler.set_timesteps(8)
@@ -132,7 +117,7 @@ def test_flow_matching_convention(tmp_path: Path) -> None:
     for i, k in enumerate(scheduler.timesteps):
         sigma, following = scheduler.sigmas[i].double().item(), scheduler.sigmas[i + 1].double().item()
         with torch.no_grad():
-            output = unet(x, k).sample
+            output = net(x, k).sample
             velocity = flow.velocity(x, 1.0 - sigma)
         theirs = scheduler.step(output, k, x).prev_sample
         torch.testing.assert_close(velocity, -output, rtol=1e-4, atol=1e-5)
@@ -140,10 +125,10 @@ def test_flow_matching_convention(tmp_path: Path) -> None:
 
 
 def test_saved_directory_opens_as_a_pipeline(tmp_path: Path) -> None:
-    save(tiny(), diffusers.DDPMScheduler(), tmp_path / "model")
+    save(unet(), diffusers.DDPMScheduler(), tmp_path / "model")
     pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "model", local_files_only=True)
     assert isinstance(pipeline.unet, diffusers.UNet2DModel)
-    torch.testing.assert_close(pipeline.unet.conv_in.weight, tiny().conv_in.weight)
+    torch.testing.assert_close(pipeline.unet.conv_in.weight, unet().conv_in.weight)
 
 
 def test_dtype_and_pipeline_less_directory(checkpoint: Path) -> None:
@@ -208,7 +193,7 @@ def test_broken_json(checkpoint: Path, text: str, message: str) -> None:
 
 def test_a_scheduler_object_of_another_kind() -> None:
     with pytest.raises(ValueError, match="DDPMWuerstchenScheduler is not supported"):
-        as_flow(tiny(), diffusers.DDPMWuerstchenScheduler())
+        as_flow(unet(), diffusers.DDPMWuerstchenScheduler())
 
 
 def test_diffusers_missing(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import flowsolve as fs
 from flowsolve import adapters
-from flowsolve.adapters.networks import Preconditioned, preconditioned
+from flowsolve.adapters.networks import Preconditioned, Preconditioning, preconditioned
 from flowsolve.paths import EDM
 
 BETA_D, BETA_MIN, STEPS = 19.9, 0.1, 1000
@@ -135,7 +135,7 @@ def test_the_row_of_a_raw_network() -> None:
     net = EDMPrecond()
     x = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(1))
     for sign in (1.0, -1.0):
-        raw = Preconditioned(lambda y, c, sign=sign: sign * net.model(y, c), 0.5, "log")
+        raw = Preconditioned(lambda y, c, sign=sign: sign * net.model(y, c), Preconditioning(0.5))
         flow = fs.Flow(raw, EDM(), preconditioned(0.5, v=sign < 0), time="native")
         for t in (0.0, 0.5, 1.0):
             sigma = EDM().sigma(t)

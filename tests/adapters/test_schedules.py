@@ -4,6 +4,7 @@ compared with the path that is read from the same configuration.
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -29,8 +30,6 @@ LAPLACE = ("DDPMScheduler",)
 
 
 def takes(name: str, option: str) -> bool:
-    import inspect
-
     return option in inspect.signature(getattr(diffusers, name).__init__).parameters
 
 
@@ -308,6 +307,29 @@ def test_every_scheduler_of_diffusers_is_read_or_refused() -> None:
             ValueError, match="jump to the data" if name in DISTILLED else "is not supported; supported"
         ):
             completed({"_class_name": name})
+
+
+def test_schedulers_with_the_same_options_share_their_convention_or_are_told_apart() -> None:
+    """A configuration without a class is that of the only kind with its options, and refused if one is distilled."""
+    import diffusers.schedulers as module
+
+    alike: dict[frozenset[str], list[str]] = {}
+    for name in sorted(n for n in dir(module) if n.endswith("Scheduler")):
+        options = set(inspect.signature(getattr(module, name)).parameters) - {"args", "kwargs"}
+        alike.setdefault(frozenset(options), []).append(name)
+    groups = [names for names in alike.values() if len(names) > 1 and set(names) & set(SUPPORTED)]
+    assert len(groups) >= 5
+    for names in groups:
+        known = next(n for n in names if n in SUPPORTED)
+        config = {k: v for k, v in completed({"_class_name": known}).items() if k != "_class_name"}
+        if set(names) <= set(SUPPORTED):
+            each = [convention(completed({**config, "_class_name": n})) for n in names]
+            assert len({(repr(c.path), c.prediction.name, c.clock) for c in each}) == 1
+            assert completed(config)["_class_name"] in names
+        else:
+            assert set(names) - set(SUPPORTED) <= set(DISTILLED)
+            with pytest.raises(ValueError, match="its configuration has no _class_name"):
+                completed(config)
 
 
 def test_refusals() -> None:

@@ -8,12 +8,12 @@ from flowsolve.adapters.diffusers.convention import (
     FLOW,
     TABLE_SCHEDULERS,
     Convention,
-    alphas_cumprod,
     as_flow,
     completed,
     convention,
 )
 from flowsolve.adapters.diffusers.directory import load
+from flowsolve.adapters.diffusers.tables import alphas_cumprod
 from flowsolve.adapters.diffusers.weights import save
 
 if TYPE_CHECKING:

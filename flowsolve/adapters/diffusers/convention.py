@@ -3,23 +3,8 @@ r"""What a diffusers scheduler says of *training*: the path, the prediction and 
 What it says of sampling (spacing, clipping, order, shift, Karras or beta sigmas) is for a solver and a grid to decide
 and is not used.
 
-**Tables** (DDPM, DDIM and all that share their table) train on $\bar\alpha_k$, $k = 0 \dots N-1$, and tell the network
-the index $k$. With $\beta_k$ from the configuration and $\bar\alpha_k = \prod_{j\le k}(1-\beta_j)$:
-
-| `beta_schedule` | $\beta_k$ | source |
-|---|---|---|
-| `linear` | evenly from `beta_start` to `beta_end` | Ho et al. 2020 |
-| `scaled_linear` | the square of evenly spaced roots | Rombach et al. 2022 |
-| `squaredcos_cap_v2` | $\min(1 - f_{k+1}/f_k,\ 0.999)$ | Nichol & Dhariwal 2021 |
-| `laplace` | the same, from another $f$ | Hang et al. 2024 |
-| `sigmoid` | a sigmoid over $[-6, 6]$, from `beta_start` to `beta_end` | Xu et al. 2022 |
-| `trained_betas` | the list itself | |
-
-with $f_k = \cos^2\bigl(\tfrac\pi2\,\tfrac{k/N+0.008}{1.008}\bigr)$. `snr_shift_scale` $s$ (CogVideoX) divides the
-SNR $\bar\alpha/(1-\bar\alpha)$ by $s$. `rescale_betas_zero_snr` moves and stretches $\sqrt{\bar\alpha_k}$ so that the
-last is 0 and the first stays (Lin et al. 2024); some schedulers put $2^{-24}$ for the 0 so that their σ stays finite.
-The path is `Discrete`, the time "native". Tables are computed in float64; diffusers' own, in float32, agree to its
-rounding.
+**Tables** (DDPM, DDIM and all that share their table) train on $\bar\alpha_k$, $k = 0 \dots N-1$
+(`flowsolve.adapters.diffusers.tables`), and tell the network the index $k$. The path is `Discrete`, the time "native".
 
 **Flow matching** trains on $x = (1-s)\,z + s\,\varepsilon$, tells the network $N s$ ($N$ = `num_train_timesteps`) and
 predicts $\varepsilon - z$. With $t = 1 - s$ that is `CondOT`, the clock $N(1-t)$ and the row
@@ -44,16 +29,15 @@ time $1 - t$.
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from flowsolve._optional import require
-from flowsolve.adapters.networks import Preconditioned, preconditioned
+from flowsolve.adapters.diffusers.tables import alphas_cumprod
+from flowsolve.adapters.networks import Preconditioned, Preconditioning, preconditioned
 from flowsolve.flow import Flow
 from flowsolve.paths import EDM, VE, VP, CondOT, Discrete, Path, Trig
 from flowsolve.predictions import PREDICTIONS, Prediction, Row
@@ -63,7 +47,6 @@ __all__ = [
     "FLOW",
     "TABLE_SCHEDULERS",
     "Convention",
-    "alphas_cumprod",
     "as_flow",
     "class_name",
     "completed",
@@ -78,6 +61,16 @@ FLOW_SCHEDULERS = (
     "FlowMatchHeunDiscreteScheduler",
     "LTXEulerAncestralRFScheduler",
 )
+EULERS = (
+    "DPMSolverSDEScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LMSDiscreteScheduler",
+)
+"""Schedulers whose state is x/α."""
 TABLE_SCHEDULERS = (
     "DDPMScheduler",
     "DDIMScheduler",
@@ -87,14 +80,7 @@ TABLE_SCHEDULERS = (
     "DEISMultistepScheduler",
     "DPMSolverMultistepScheduler",
     "DPMSolverMultistepInverseScheduler",
-    "DPMSolverSDEScheduler",
     "DPMSolverSinglestepScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "LMSDiscreteScheduler",
     "PNDMScheduler",
     "SASolverScheduler",
     "UniPCMultistepScheduler",
@@ -102,6 +88,7 @@ TABLE_SCHEDULERS = (
     "CogVideoXDPMScheduler",
     "RePaintScheduler",
     "UnCLIPScheduler",
+    *EULERS,
 )
 EDM_SCHEDULERS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "CosineDPMSolverMultistepScheduler")
 OTHER_SCHEDULERS = ("ScoreSdeVeScheduler", "ScoreSdeVpScheduler", "IPNDMScheduler")
@@ -125,7 +112,21 @@ JUMPS = (
     "scheduler, or load the model that it was distilled from"
 )
 PREDICTION_TYPES = {"epsilon": "noise", "sample": "data", "v_prediction": "v"}
-BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid")
+
+
+@dataclass(frozen=True)
+class Line:
+    """The clock k = N t, or N (1 − t) where noise is last on it; and its inverse."""
+
+    scale: float
+    noise_last: bool = True
+
+    def __call__(self, t: Any) -> Any:
+        return self.scale * (1.0 - t if self.noise_last else t)
+
+    def inverse(self, k: Any) -> Any:
+        """The flow time at which the clock shows k."""
+        return 1.0 - k / self.scale if self.noise_last else k / self.scale
 
 
 @dataclass(frozen=True)
@@ -137,47 +138,79 @@ class Convention:
         prediction: what the network outputs.
         time: the clock it reads, as `Flow` takes it; None if the configuration does not say.
         clock: the same in words.
-        precondition: (σ_data, "log" or "atan") if the network is behind EDM's preconditioning.
+        precondition: how it is asked, if it is behind EDM's preconditioning.
         data_range: what pixels were mapped to.
     """
 
     path: Path
     prediction: Prediction
-    time: str | Callable[[Any], Any] | None = "native"
+    time: str | Line | None = "native"
     clock: str = "the index of the table"
-    precondition: tuple[float, str] | None = None
+    precondition: Preconditioning | None = None
     data_range: tuple[float, float] = (-1.0, 1.0)
 
     def wrap(self, net: Any) -> Any:
         """The network with its preconditioning, if it has one."""
-        return net if self.precondition is None else Preconditioned(net, *self.precondition)
+        return net if self.precondition is None else Preconditioned(net, self.precondition)
+
+    def stated(self) -> Convention:
+        """Itself.
+
+        Raises:
+            ValueError: the configuration does not say which time the network reads.
+        """
+        if self.time is None:
+            raise ValueError(
+                "ScoreSdeVpScheduler does not say which time its network reads; expected a flow built by hand, "
+                "Flow(net, VP(), 'noise', time=...), or adapters.load(..., time=...)"
+            )
+        return self
 
 
 def completed(scheduler: Any) -> dict[str, Any]:
-    """A scheduler, or a configuration with "_class_name", as a configuration with nothing left out.
+    """A scheduler, or its configuration, as a configuration with nothing left out.
+
+    A scheduler that was not loaded from a file does not write its class into its configuration. Then it is the one
+    that has just these options, unless such a one is for distilled networks.
 
     Raises:
         ValueError: a scheduler that is not supported.
     """
     library = require("diffusers", "diffusers", "reading a diffusers scheduler")
-    told: dict[str, Any] = {}
-    if isinstance(scheduler, Mapping):
-        told = dict(scheduler)
-        name = class_name(told)
-        if name is None:
-            raise ValueError(
-                "scheduler None is not supported: its configuration has no _class_name. Pass the scheduler itself, or "
-                "the object that its scheduler_config.json holds"
-            )
-        if name in DISTILLED:
-            raise ValueError(f"{name} is not supported: {JUMPS}")
-        if name not in SUPPORTED:
-            raise ValueError(_unsupported(f"scheduler {name}", SUPPORTED))
-        if not hasattr(library.schedulers, name):
-            raise ValueError(f"diffusers {library.__version__} has no {name}; install a newer one")
-        scheduler = getattr(library.schedulers, name).from_config(told)  # completes what an older version left out
+    told = dict(scheduler if isinstance(scheduler, Mapping) else scheduler.config)
+    name = class_name(scheduler) or _by_options(library, told)
+    if name is None:
+        raise ValueError(
+            "scheduler None is not supported: its configuration has no _class_name. Pass the scheduler itself, or "
+            "the object that its scheduler_config.json holds"
+        )
+    if name in DISTILLED:
+        raise ValueError(f"{name} is not supported: {JUMPS}")
+    if name not in SUPPORTED:
+        raise ValueError(_unsupported(f"scheduler {name}", SUPPORTED))
+    if not hasattr(library.schedulers, name):
+        raise ValueError(f"diffusers {library.__version__} has no {name}; install a newer one")
     # an option that the installed version does not know yet still says what the network was trained on
-    return {**told, **dict(scheduler.config), "_class_name": class_name(scheduler)}
+    return {**_defaults(library, name), **told, "_class_name": name}
+
+
+def _defaults(library: Any, name: str) -> dict[str, Any]:
+    """The options of a scheduler's class, as they are by default."""
+    options = inspect.signature(getattr(library.schedulers, name).__init__).parameters.values()
+    return {p.name: p.default for p in options if p.name != "self" and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+
+
+def _by_options(library: Any, config: Mapping[str, Any]) -> str | None:
+    """The class whose options are just those of a configuration; None if there is none, or if one is distilled.
+
+    Supported classes that share their options share their convention.
+    """
+    keys = {k for k in config if not k.startswith("_")}
+    if "_class_name" in config or not keys:
+        return None
+    known = [n for n in (*SUPPORTED, *DISTILLED) if hasattr(library.schedulers, n)]
+    found = [n for n in known if _defaults(library, n).keys() == keys]
+    return found[0] if found and not set(found) & set(DISTILLED) else None
 
 
 def class_name(scheduler: Any) -> str | None:
@@ -221,7 +254,7 @@ def convention(config: Mapping[str, Any]) -> Convention:
     if name == "IPNDMScheduler":
         if config.get("trained_betas") is not None:
             raise ValueError(f"{name} with trained_betas is not supported; expected None")
-        return Convention(Trig(), PREDICTIONS["v"], time=lambda t: 1.0 - t, clock="1 − t")
+        return Convention(Trig(), PREDICTIONS["v"], time=Line(1.0), clock="1 − t")
     if name not in TABLE_SCHEDULERS:
         raise ValueError(_unsupported(f"scheduler {name}", SUPPORTED))
     kind = config.get("prediction_type", "epsilon")
@@ -238,15 +271,15 @@ def convention(config: Mapping[str, Any]) -> Convention:
         ends = [math.sqrt((1.0 - a) / a) for a in (float(table[0]), max(float(table[-1]), 2.0**-24))]
         low, high = (float(config.get(k) or v) for k, v in zip(("sigma_min", "sigma_max"), ends, strict=True))
         return Convention(
-            EDM(low, high), preconditioned(1.0, v=True), clock="σ; inside, ¼ log σ", precondition=(1.0, "log")
+            EDM(low, high), preconditioned(1.0, v=True), clock="σ; inside, ¼ log σ", precondition=Preconditioning(1.0)
         )
     return Convention(Discrete(table), PREDICTIONS[PREDICTION_TYPES[kind]])
 
 
 def _flow(n: float, prediction: Prediction, inverted: bool) -> Convention:
     if inverted:
-        return Convention(CondOT(), PREDICTIONS["velocity"], time=lambda t: n * t, clock=f"{n:g} t")
-    return Convention(CondOT(), prediction, time=lambda t: n * (1.0 - t), clock=f"{n:g} (1 − t)")
+        return Convention(CondOT(), PREDICTIONS["velocity"], time=Line(n, noise_last=False), clock=f"{n:g} t")
+    return Convention(CondOT(), prediction, time=Line(n), clock=f"{n:g} (1 − t)")
 
 
 def _edm(name: str, config: Mapping[str, Any]) -> Convention:
@@ -257,13 +290,9 @@ def _edm(name: str, config: Mapping[str, Any]) -> Convention:
     if schedule not in ("karras", "exponential"):
         raise ValueError(_unsupported(f"{name} with sigma_schedule = {schedule!r}", ("karras", "exponential")))
     path = EDM(low, high, float(config["rho"])) if schedule == "karras" else VE(low, high)
-    atan = name == "CosineDPMSolverMultistepScheduler"
-    return Convention(
-        path,
-        preconditioned(data, v=kind == "v_prediction"),
-        clock=f"σ; inside, {'(2/π) arctan σ' if atan else '¼ log σ'}",
-        precondition=(data, "atan" if atan else "log"),
-    )
+    asked = Preconditioning(data, "atan" if name == "CosineDPMSolverMultistepScheduler" else "log")
+    row = preconditioned(data, v=kind == "v_prediction")
+    return Convention(path, row, clock=f"σ; inside, {asked}", precondition=asked)
 
 
 def as_flow(unet: Any, scheduler: Any) -> Flow:
@@ -278,55 +307,10 @@ def as_flow(unet: Any, scheduler: Any) -> Flow:
     """
     from flowsolve.adapters.diffusers.models import wrap
 
-    said = convention(completed(scheduler))
-    if said.time is None:
-        raise ValueError(
-            "ScoreSdeVpScheduler does not say which time its network reads; expected a flow built by hand, "
-            "Flow(net, VP(), 'noise', time=...), or adapters.load(..., time=...)"
-        )
+    said = convention(completed(scheduler)).stated()
+    assert said.time is not None
     net = said.wrap(wrap(unet).eval())
     return Flow(net, said.path, said.prediction, time=said.time, data_range=said.data_range)
-
-
-def alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
-    """The table ᾱ_k that a scheduler's configuration describes, float64 of shape (N,).
-
-    Raises:
-        ValueError: an unknown beta_schedule.
-    """
-    n, schedule, trained = (
-        int(config["num_train_timesteps"]),
-        config["beta_schedule"],
-        config.get("trained_betas"),
-    )
-    first, last = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
-    if trained is not None:
-        betas = torch.as_tensor(trained, dtype=torch.float64)
-    elif schedule == "linear":
-        betas = torch.linspace(first, last, n, dtype=torch.float64)
-    elif schedule == "scaled_linear":
-        betas = torch.linspace(math.sqrt(first), math.sqrt(last), n, dtype=torch.float64).square()
-    elif schedule == "sigmoid":
-        betas = torch.linspace(-6.0, 6.0, n, dtype=torch.float64).sigmoid() * (last - first) + first
-    elif schedule in ("squaredcos_cap_v2", "laplace"):
-        s = torch.arange(n + 1, dtype=torch.float64) / n
-        f = ((s + 0.008) / 1.008 * (0.5 * math.pi)).cos().square() if schedule != "laplace" else _laplace(s)
-        betas = (1.0 - f[1:] / f[:-1]).clamp_max(0.999)
-    else:
-        raise ValueError(_unsupported(f"beta_schedule = {schedule!r}", (*BETA_SCHEDULES, "trained_betas")))
-    table = (1.0 - betas).cumprod(0)
-    if (scale := config.get("snr_shift_scale")) is not None:
-        table = table / (scale + (1.0 - scale) * table)
-    if config.get("rescale_betas_zero_snr"):
-        root = table.sqrt()
-        table = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))).square()
-    return table
-
-
-def _laplace(s: Tensor) -> Tensor:
-    """√(r/(1+r)), log r = ∓½ log(1 − |1 − 2s| + 10⁻⁶): diffusers' reading of the Laplace schedule."""
-    r = (-0.5 * torch.where(s <= 0.5, 1.0, -1.0) * (1.0 - (1.0 - 2.0 * s).abs() + 1e-6).log()).exp()
-    return (r / (1.0 + r)).sqrt()
 
 
 def _unsupported(found: str, supported: Any) -> str:

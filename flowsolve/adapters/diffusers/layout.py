@@ -29,7 +29,7 @@ from flowsolve.charts import Chart
 from flowsolve.grids import At, Closing, Final, Grid, Shifted, Timesteps
 from flowsolve.noise import Noise
 from flowsolve.passage import to_the_end
-from flowsolve.paths import Discrete, Point
+from flowsolve.paths import Point
 from flowsolve.planning import span, within
 from flowsolve.solvers import auto
 from flowsolve.solvers.base import Query, Solver, State, Stepper, run
@@ -150,13 +150,13 @@ def _spaced(
         if len(times) != steps + 1:
             raise ValueError(f"grid= has {len(times)} times, and {steps} steps need {steps + 1}; give as many")
         return list(times[:-1]), times[-1], False
-    if not isinstance(path, Discrete) and reading.scale is None and not isinstance(spacing, Shifted):
+    if reading.straight and not isinstance(spacing, Shifted):
         shift = nodes.shift_of(reading.config, mu)
         spacing = spacing if shift == 1.0 else Shifted(spacing, shift)
     start, end = span(spacing, path, steps)
     policy, edge = Final.resolve(final or "path"), path.window[1]
     stop = policy.stop(path, (start, end), None)
-    if policy.evaluations or (final is None and reading.scale is not None):
+    if policy.evaluations or (final is None and not reading.clean):
         return spacing.times(path, start, stop, steps - 1) if steps > 1 else [start], None, False
     placed = spacing.times(path, start, stop, steps)
     beyond = edge < stop and (solver.evaluations > 1 or placed[-2] > edge)

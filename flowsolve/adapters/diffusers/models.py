@@ -22,6 +22,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from flowsolve.adapters.networks import first_half
+
 __all__ = ["MODELS", "Transformer", "UNet", "check_channels", "wrap"]
 
 
@@ -51,7 +53,7 @@ class UNet(nn.Module):
         self.unet = unet
 
     def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
-        return _mean(self.unet(x, t, **cond).sample, x)
+        return first_half(self.unet(x, t, **cond).sample, x)
 
 
 class Transformer(nn.Module):
@@ -62,13 +64,7 @@ class Transformer(nn.Module):
         self.transformer, self.scale = transformer, scale
 
     def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
-        return _mean(self.transformer(hidden_states=x, timestep=self.scale * t, **cond).sample, x)
-
-
-def _mean(output: Tensor, x: Tensor) -> Tensor:
-    """The first half of the channels where there are twice those of x (a learned variance follows)."""
-    twice = output.ndim == x.ndim > 2 and output.shape[1] == 2 * x.shape[1]
-    return output[:, : x.shape[1]] if twice else output
+        return first_half(self.transformer(hidden_states=x, timestep=self.scale * t, **cond).sample, x)
 
 
 def wrap(model: nn.Module) -> nn.Module:

@@ -12,7 +12,8 @@ stretches $1 - \sigma$ so that the last is as given. Karras, exponential and bet
 
 Different from diffusers, on purpose: entries are not truncated to integers where they are not entries; a level that
 stands twice in the list (the lowest, where the steps end in it) is visited once, and the step that is left over goes to
-the clean data.
+the clean data; RePaint's jumps back are left out; the inverse schedulers' grids are run from the noise as any other
+(for inversion see `flowsolve.encode`).
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
-from flowsolve.adapters.diffusers.reading import EULERS, FLOWS, Reading
+from flowsolve.adapters.diffusers.convention import EULERS, FLOW_SCHEDULERS
+from flowsolve.adapters.diffusers.reading import Reading
+from flowsolve.adapters.diffusers.tables import alphas_cumprod
 from flowsolve.grids.quantile import beta_quantile
-from flowsolve.paths import Discrete
+from flowsolve.paths import Discrete, Trig
 
 __all__ = ["from_sigmas", "from_timesteps", "own", "shift_of"]
 
@@ -67,23 +70,30 @@ def own(reading: Reading, steps: int, mu: float | None = None) -> Nodes:
         ValueError: more steps than the table has entries, or a spacing that is not known.
     """
     config, path = reading.config, reading.path
-    if reading.scale is not None:
-        levels = _respaced(config, [path.sigma(0.0), path.sigma(1.0)], steps, "karras")
-        return _ended(reading, [path.time(-math.log(v)) for v in levels])
-    if not isinstance(path, Discrete):
+    if reading.straight:
         span = int(config["num_train_timesteps"])
-        if reading.name in FLOWS:
+        if reading.name in FLOW_SCHEDULERS:
             base = [1.0 - (1.0 - 1.0 / span) * i / max(steps - 1, 1) for i in range(steps)]
         elif reading.name == "UniPCMultistepScheduler":
             base = [1.0 - (1.0 - 1.0 / span) * i / steps for i in range(steps)]
         else:
             base = [(1.0 - 1.0 / span) * i / steps for i in range(steps, 0, -1)]
         return from_sigmas(reading, base, mu)
-    entries = _entries(reading, steps)
-    first, last = (entries[0], entries[-1]) if reading.name in EULERS else (len(path.alphas_cumprod) - 1.0, 0.0)
-    placed = _respaced(config, [_level(path, first), _level(path, last)], steps)
-    if placed:
-        return _ended(reading, [path.time(-math.log(v)) for v in placed])
+    if isinstance(path, Trig):  # IPNDM: the noise level falls as sin²
+        angles = [0.5 * math.pi * (1.0 - i / steps) for i in range(steps)]
+        return [1.0 - 2.0 / math.pi * math.asin(math.sin(v) ** 2) for v in angles], 1.0
+    if "beta_schedule" not in config:  # no table: σ is spaced between its ends
+        ends = [path.sigma(0.0), path.sigma(1.0)]
+        levels = _respaced(config, ends, steps, "exponential")
+        return _ended(reading, [path.time(-math.log(v)) for v in levels])
+    table = path if isinstance(path, Discrete) else Discrete(alphas_cumprod(config))
+    entries = _entries(reading, table, steps)
+    first, last = (entries[0], entries[-1]) if reading.name in EULERS else (len(table.alphas_cumprod) - 1.0, 0.0)
+    levels = _respaced(config, [_level(table, first), _level(table, last)], steps)
+    if table is not path:
+        levels = levels or [_level(table, k) for k in entries]
+    if levels:
+        return _ended(reading, [path.time(-math.log(v)) for v in levels])
     return _ended(reading, [path.time_from_native(k) for k in entries])
 
 
@@ -102,7 +112,7 @@ def from_sigmas(reading: Reading, sigmas: Sequence[float], mu: float | None = No
     levels = levels[:-1] if clean else levels
     if not levels or any(not math.isfinite(v) or v <= 0.0 for v in levels):
         raise ValueError(f"sigmas = {[float(v) for v in sigmas]}; expected noise levels that fall, 0 only as the last")
-    if reading.scale is None and not isinstance(path, Discrete):
+    if reading.straight:
         shift = shift_of(config, mu)
         levels = [shift * v / (1.0 + (shift - 1.0) * v) for v in levels]
         if config.get("shift_terminal") and levels[-1] < 1.0:
@@ -111,7 +121,7 @@ def from_sigmas(reading: Reading, sigmas: Sequence[float], mu: float | None = No
         levels = _respaced(config, [levels[0], levels[-1]], len(levels)) or levels
         return [min(max(1.0 - v, 0.0), 1.0) for v in levels], 1.0
     times = [path.time(-math.log(v)) for v in levels]
-    return (times, None if reading.scale else 1.0) if clean else _ended(reading, times)
+    return (times, 1.0 if reading.clean else None) if clean else _ended(reading, times)
 
 
 def from_timesteps(reading: Reading, timesteps: Sequence[float]) -> Nodes:
@@ -130,22 +140,24 @@ def _ended(reading: Reading, times: list[float]) -> Nodes:
     config, path = reading.config, reading.path
     lowest = config.get("final_sigmas_type") == "sigma_min" or not config.get("set_alpha_to_one", True)
     lowest = lowest or reading.name in TO_THE_LOWEST
-    if reading.scale is not None:
+    if not reading.clean:
         return (times[:-1], times[-1]) if lowest and len(times) > 1 else (times, None)
     return times, path.window[1] if lowest and path.window[1] > times[-1] + 1e-6 else 1.0
 
 
-def _entries(reading: Reading, steps: int) -> list[float]:
+def _entries(reading: Reading, table: Discrete, steps: int) -> list[float]:
     """The entries of the table at which steps begin."""
-    config, kind = reading.config, reading.config.get("timestep_spacing", "linspace")
+    if (between := reading.config.get("interpolation_type", "linear")) != "linear":
+        raise ValueError(f"interpolation_type = {between!r} is not supported; expected 'linear', or another grid=")
+    config, usual = reading.config, "leading" if reading.name == "RePaintScheduler" else "linspace"
+    kind = config.get("timestep_spacing", usual)
     size = int(config["num_train_timesteps"])
     extra = int(reading.name in ONE_MORE)
     if not 1 <= steps <= size - extra:
         raise ValueError(f"{steps} steps on a table of {size} entries; expected 1 to {size - extra}, or another grid=")
     clip, top = config.get("lambda_min_clipped"), size
     if extra and clip is not None and math.isfinite(clip):
-        assert isinstance(reading.path, Discrete)
-        top -= sum(0.5 * math.log(a / (1.0 - a)) < clip for a in reading.path.alphas_cumprod if a > 0.0)
+        top -= sum(0.5 * math.log(a / (1.0 - a)) < clip for a in table.alphas_cumprod if a > 0.0)
     if kind == "linspace":
         count = steps if extra else max(steps - 1, 1)
         found = [Fraction((top - 1) * (count - i), count) for i in range(steps)]

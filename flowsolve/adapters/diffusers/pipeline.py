@@ -22,7 +22,8 @@ given latents at its first step and ends the loop.
 * All samples of a turn have one time. Samples at different times, as an adaptive solver has them, take one turn each:
   capture one sample at a time, or expect B times the work for a batch of B. NFE counts what a sample asked for.
 * Thread-local settings of the caller, such as autocast, do not reach the loop, except for the device.
-* Configured clipping and thresholding of ẑ is the scheduler's, and is not part of the flow.
+* Configured clipping and thresholding of ẑ is the scheduler's, and is not part of the flow; for it, wrap the flow:
+  `guidance.Transformed(held.flow, guidance.Clip())`.
 * A likelihood under guidance is that of the guided field, which is not a density of the model at any temperature.
 """
 
@@ -42,6 +43,7 @@ from torch import Tensor, nn
 
 from flowsolve._batch import state_dtype
 from flowsolve.adapters.diffusers.scheduler import Scheduler, StepOutput
+from flowsolve.adapters.networks import first_half
 from flowsolve.flow import Flow
 
 __all__ = ["Captured", "capture"]
@@ -288,10 +290,7 @@ class _Turn:
         return total
 
     def _ask(self, x: Tensor, t: float) -> Tensor:
-        output = self.loop.ask(x, t)
-        if output.ndim == x.ndim > 1 and output.shape[1] == 2 * x.shape[1]:
-            return output[:, : x.shape[1]]  # the rest is a learned variance
-        return output
+        return first_half(self.loop.ask(x, t), x)
 
 
 class _Moving(Tensor):

@@ -12,20 +12,18 @@ the pipeline computes in.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from flowsolve._batch import rows, state_dtype
+from flowsolve._batch import state_dtype
 from flowsolve.adapters.diffusers.layout import Plan
 from flowsolve.noise import Noise
 from flowsolve.predictions import Estimate, Row
 from flowsolve.solvers.base import Query, State, Step, Stepper
 
-__all__ = ["Run", "limited"]
+__all__ = ["Run"]
 
 
 class Run:
@@ -75,9 +73,9 @@ class Run:
                 self._state = replace(self._state, origin=None)
                 self._enter(x)
             query = self._query.about(x)
-        found = limited(
-            plan.reading.flow.read(query.x, output.to(query.x.dtype), plan.points[self.at]), plan.reading.config
-        )
+        found = plan.reading.flow.read(query.x, output.to(query.x.dtype), plan.points[self.at])
+        if plan.reading.limit is not None:
+            found = Estimate(found.x, plan.reading.limit(found.data), found.point, Row(1.0, 0.0))
         data, self.at = found.data, self.at + 1
         if self._generator is None:
             assert plan.closing is not None
@@ -131,23 +129,3 @@ class Run:
             return bool(given._version != version)
         kept = self._copy.to(sample.dtype)
         return sample.shape != kept.shape or not torch.equal(sample, kept)
-
-
-def limited(estimate: Estimate, config: Mapping[str, Any]) -> Estimate:
-    """The estimate with ẑ clipped or thresholded, and ε̂ to match, as a scheduler's configuration says.
-
-    `clip_sample`: to ±`clip_sample_range`. `thresholding`: each sample to ±s and divided by s, with s the
-    `dynamic_thresholding_ratio` quantile of |ẑ|, between 1 and `sample_max_value` (Saharia et al. 2022).
-    """
-    if config.get("thresholding"):
-        data = estimate.data
-        level = torch.quantile(rows(data).abs().float(), float(config.get("dynamic_thresholding_ratio", 0.995)), dim=1)
-        level = level.clamp(1.0, float(config.get("sample_max_value", 1.0))).to(data.dtype)
-        level = level.reshape(-1, *[1] * (data.ndim - 1))
-        data = data.clamp(-level, level) / level
-    elif config.get("clip_sample"):
-        edge = float(config.get("clip_sample_range", 1.0))
-        data = estimate.data.clamp(-edge, edge)
-    else:
-        return estimate
-    return Estimate(estimate.x, data, estimate.point, Row(1.0, 0.0))

@@ -25,7 +25,6 @@ training is kept (`reading`), and so, unless `grid` says otherwise, are the nois
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 import threading
@@ -38,10 +37,12 @@ from torch import Tensor
 
 from flowsolve._batch import linear
 from flowsolve._optional import require
+from flowsolve.adapters.diffusers.convention import completed
 from flowsolve.adapters.diffusers.layout import Plan, lay
 from flowsolve.adapters.diffusers.pull import Run
-from flowsolve.adapters.diffusers.reading import OURS, Reading, complete, read, start_std
-from flowsolve.adapters.diffusers.settings import from_json, named, to_json
+from flowsolve.adapters.diffusers.reading import OURS, Reading, read, start_std
+from flowsolve.adapters.diffusers.seeds import seeds
+from flowsolve.adapters.diffusers.settings import OPTIONS, merged, named, require_saveable
 from flowsolve.noise import Noise
 from flowsolve.solvers import DDIM
 
@@ -51,10 +52,6 @@ from diffusers import ConfigMixin, SchedulerMixin  # noqa: E402
 from diffusers.utils import BaseOutput  # noqa: E402
 
 __all__ = ["ConfigMixin", "Scheduler", "SchedulerMixin", "StepOutput"]
-
-OPTIONS = ("solver", "grid", "chart", "final", "seed")
-UNSAVED = "unsaved"
-"""In a configuration, in the place of an option that has no JSON: why."""
 
 
 @dataclass
@@ -128,36 +125,19 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         **changes: Any,
     ) -> None:
         live = config._options if isinstance(config, Scheduler) else {}
-        if isinstance(config, SchedulerMixin) and isinstance(config, ConfigMixin):
-            config = {"_class_name": type(config).__name__, **config.config}
-        if not isinstance(config, Mapping):
+        if not isinstance(config, Mapping | SchedulerMixin):
             raise TypeError(f"config is a {type(config).__name__}; expected that of a scheduler, pipe.scheduler.config")
-        name, known = complete(config)
+        known = completed(config)
+        name = known["_class_name"]
         strange = [k for k in changes if k not in known]
         if strange:
             raise TypeError(
                 f"{strange[0]!r} is no option of Scheduler ({', '.join(OPTIONS)}) or of {name}; drop it, or see "
                 "pipe.scheduler.config"
             )
-        before = dict(config.get(OURS) or {})
         given = {"solver": solver, "grid": grid, "chart": chart, "final": final, "seed": seed}
-        self._options: dict[str, Any] = {}
-        ours: dict[str, Any] = {"scheduler": name}
-        for option, new in given.items():
-            value = live.get(option) if new is None else new
-            if value is None:
-                ours[option] = before.get(option, "auto" if option == "solver" else None)
-                if isinstance(ours[option], dict) and UNSAVED in ours[option]:
-                    raise ValueError(
-                        f"the {option} of this configuration is not in it ({ours[option][UNSAVED]}); give it"
-                    )
-                self._options[option] = from_json(ours[option])
-                continue
-            self._options[option] = value
-            try:
-                ours[option] = to_json(value)
-            except TypeError as error:
-                ours[option] = {UNSAVED: str(error)}
+        self._options: dict[str, Any]
+        self._options, ours = merged(given, live, known.get(OURS) or {})
         method = self._options["solver"] = named(self._options["solver"])
         if getattr(method, "chooses_steps", False):
             raise TypeError(
@@ -165,7 +145,7 @@ class Scheduler(SchedulerMixin, ConfigMixin):
                 "…), or a solver on a fixed grid (adaptive=False, if it has that)"
             )
         kept = {k: v for k, v in {**known, **changes}.items() if not k.startswith("_") and k != OURS}
-        self.register_to_config(**kept, **{OURS: ours})
+        self.register_to_config(**kept, **{OURS: {"scheduler": name, **ours}})
         self._reading: tuple[Any, Reading] | None = None
         self._shared: _Table | None = None
         self._own = _Own()
@@ -183,9 +163,7 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: a setting that has no JSON, such as η as a function.
         """
-        for option, value in self.config[OURS].items():
-            if isinstance(value, dict) and UNSAVED in value:
-                raise ValueError(f"the {option} cannot be saved: {value[UNSAVED]}")
+        require_saveable(self.config[OURS])
         super().save_config(save_directory, push_to_hub, **kwargs)
 
     def to_json_string(self) -> str:
@@ -328,12 +306,11 @@ class Scheduler(SchedulerMixin, ConfigMixin):
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """The network's input at a sample."""
-        scale = self.reading.scale
-        if scale is None:
+        if self.reading.said.precondition is None:
             return sample
         place = self._place(timestep)
         point = self._table.plan.points[place] if place is not None else self.reading.path.at(self._time(timestep))
-        return sample * float(scale(point))
+        return sample * self.reading.scale(point)
 
     def step(
         self,
@@ -405,8 +382,9 @@ class Scheduler(SchedulerMixin, ConfigMixin):
 
     def _level(self, t: float) -> float:
         point = self.reading.path.at(t)
-        straight = self.reading.config.get("use_flow_sigmas") or "shift" in self.reading.config
-        return float(point.sigma) if straight else float(point.sigma / point.alpha) if point.alpha else float("inf")
+        if self.reading.straight:
+            return float(point.sigma)
+        return float(point.sigma / point.alpha) if point.alpha else float("inf")
 
     def _time(self, timestep: Any) -> float:
         """The flow time of a time of the network."""
@@ -446,30 +424,8 @@ class Scheduler(SchedulerMixin, ConfigMixin):
                 raise ValueError(f"eta = {eta} is DDIM's; {solver!r} has its own setting, give it to the solver")
             solver = replace(solver, eta=float(eta))
             stepper = solver.on(plan.reading.path, None, plan.intervals)
-        noise = Noise.for_batch(self._seed(sample, generator), len(sample)) if solver.random else None
+        noise = Noise.for_batch(seeds(sample, generator, self._options["seed"]), len(sample)) if solver.random else None
         return Run(plan, at, sample, noise, stepper)
-
-    def _seed(self, sample: Tensor, generator: Any) -> Any:
-        """What names the noise of a run: one seed, or one for each sample."""
-        if isinstance(generator, list | tuple):
-            if len(generator) == 1:
-                return _drawn(generator[0])
-            if len(generator) != len(sample):
-                raise ValueError(
-                    f"{len(generator)} generators for {len(sample)} samples; expected one, or one a sample"
-                )
-            return [_drawn(g) for g in generator]
-        if generator is not None:
-            return _drawn(generator)
-        if self._options["seed"] is not None:
-            return self._options["seed"]
-        rows = sample.detach().float().cpu().contiguous()
-        return [int.from_bytes(hashlib.blake2b(r.numpy().tobytes(), digest_size=8).digest(), "little") for r in rows]
-
-
-def _drawn(generator: torch.Generator) -> int:
-    """A seed from a generator, which moves on by it."""
-    return int(torch.randint(0, 2**62, (1,), generator=generator, device=generator.device))
 
 
 def _number(timestep: Any) -> float:

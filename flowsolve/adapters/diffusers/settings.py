@@ -1,9 +1,9 @@
-"""Solvers and grids as JSON, {"class": "UniPC", "order": 3, …}, for a scheduler's configuration; solvers by name."""
+"""A scheduler's own options, and how they stand in its configuration: as JSON, {"class": "UniPC", "order": 3, …}."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -13,7 +13,11 @@ from flowsolve import grids, solvers
 from flowsolve.grids import At, Final, Grid
 from flowsolve.solvers import Auto, Solver, names
 
-__all__ = ["from_json", "named", "to_json"]
+__all__ = ["OPTIONS", "from_json", "merged", "named", "require_saveable", "to_json"]
+
+OPTIONS = ("solver", "grid", "chart", "final", "seed")
+UNSAVED = "unsaved"
+"""In a configuration, in the place of an option that has no JSON: why."""
 
 
 def named(solver: Any) -> Any:
@@ -30,6 +34,44 @@ def named(solver: Any) -> Any:
     if not isinstance(solver, Solver | Auto):
         raise TypeError(f"solver is a {type(solver).__name__}; expected a name, or a solver such as solvers.UniPC(3)")
     return solver
+
+
+def merged(
+    given: Mapping[str, Any], live: Mapping[str, Any], before: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A scheduler's options, and the same as JSON.
+
+    Args:
+        given: what the caller gives; None where nothing.
+        live: those of the scheduler that it is made from, if that is one of ours.
+        before: those in the configuration, as JSON.
+
+    Raises:
+        ValueError: an option that the configuration could not hold.
+    """
+    options: dict[str, Any] = {}
+    said: dict[str, Any] = {}
+    for option in OPTIONS:
+        value = live.get(option) if given[option] is None else given[option]
+        if value is None:
+            said[option] = before.get(option, "auto" if option == "solver" else None)
+            if isinstance(said[option], dict) and UNSAVED in said[option]:
+                raise ValueError(f"the {option} of this configuration is not in it ({said[option][UNSAVED]}); give it")
+            options[option] = from_json(said[option])
+            continue
+        options[option] = value
+        try:
+            said[option] = to_json(value)
+        except TypeError as error:
+            said[option] = {UNSAVED: str(error)}
+    return options, said
+
+
+def require_saveable(said: Mapping[str, Any]) -> None:
+    """Raise ValueError for an option that has no JSON, such as η as a function."""
+    for option, value in said.items():
+        if isinstance(value, dict) and UNSAVED in value:
+            raise ValueError(f"the {option} cannot be saved: {value[UNSAVED]}")
 
 
 def to_json(value: Any) -> Any:
