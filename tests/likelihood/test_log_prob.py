@@ -49,13 +49,20 @@ def test_every_prediction_gives_one_density(path, prediction):
     assert bits(fs.log_prob(flow, x, trace="exact", **options).log_prob - truth, x).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
-@pytest.mark.parametrize("chart", ["straight", "trig", "data", "noise", "native"])
-def test_every_chart_gives_one_density(chart, path):
-    """Between log-SNRs of −4 and 4: every chart exists. (Native on a table, whose field has kinks, needs a closer look.)"""
+def charted():
+    """Every chart on every path. Native on a table, whose field has a kink at each entry, takes thousands of steps."""
+    for name, path in PATHS.items():
+        for chart in ("straight", "trig", "data", "noise", "native"):
+            kinks = chart == "native" and name.startswith("Discrete")
+            marks = [pytest.mark.slow] if kinks else []
+            yield pytest.param(chart, path, 1e-8 if kinks else 1e-6, id=f"{name}-{chart}", marks=marks)
+
+
+@pytest.mark.parametrize(("chart", "path", "tolerance"), charted())
+def test_every_chart_gives_one_density(chart, path, tolerance):
+    """Between log-SNRs of −4 and 4: every chart exists."""
     start, end = (path.time(v) for v in (min(4.0, path.log_snr(path.window[1])), max(-4.0, path.log_snr(0.0))))
     x, truth = at_data(PLANE, path, 2, start)
-    tolerance = 1e-8 if chart == "native" and "Discrete" in repr(path) else 1e-6
     options = {
         "solver": solvers.Dopri5(tolerance, tolerance),
         "interval": (start, end),
@@ -65,9 +72,7 @@ def test_every_chart_gives_one_density(chart, path):
     assert bits(out.log_prob - truth, x).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize(
-    "solver", [solvers.DPMSolver12(1e-4, 1e-4), solvers.DPMSolver23(1e-6, 1e-6), solvers.Dopri8(1e-8, 1e-8)]
-)
+@pytest.mark.parametrize("solver", [solvers.DPMSolver12(1e-4, 1e-4), solvers.DPMSolver23(1e-6, 1e-6), solvers.Dopri8()])
 def test_other_adaptive_solvers(solver):
     path = paths.VP()
     x, truth = at_data(PLANE, path, 3)
@@ -208,7 +213,7 @@ def test_guided_flows_count_and_warn():
         inner = labelled(paths.VP())
         flow = fs.guidance.ClassifierFree(inner, 2.0, unconditional={"y": 0}, interval=(-1.0, 2.0))
         who = torch.arange(5)
-        with pytest.warns(UserWarning):
+        with pytest.warns(UserWarning, match="guid"):
             out = fs.log_prob(flow, torch.randn(5, 2, generator=torch.Generator().manual_seed(0)).double(),
                               cond={"y": torch.tensor([1, 2, 3, 1, 2]), "who": who}, **method)  # fmt: skip
         assert out.nfe.tolist() == inner.net.each(5)
@@ -297,7 +302,7 @@ def test_no_graph_is_recorded_unless_it_is_wanted(method):
     flow = PLANE.flow(paths.CondOT())
     for options in ({}, {"trace": "exact"}, {"trace": Hutchinson(1, mode="forward")}):
         out = fs.log_prob(flow, x, **method, **options)
-        assert not (out.log_prob.requires_grad or out.latent.requires_grad or out.x.requires_grad)
+        assert not any(v.requires_grad for v in (out.log_prob, out.latent, out.x))
         assert torch.equal(x, before)
         assert not x.requires_grad
     tracked = x.clone().requires_grad_()
@@ -362,7 +367,7 @@ def test_a_failure_anywhere_along_a_curve_is_noticed(where):
         ({"solver": solvers.Dopri5}, TypeError, "pass an instance"),
         ({"solver": solvers.Euler(), "nfe": 5, "repeats": 2}, TypeError, "repeats=2 is for a likelihood along a curve"),
         ({"solver": solvers.RK4()}, ValueError, "give nfe=… or explicit times"),
-        ({"solver": solvers.RK4(), "nfe": 8, "tolerance": 1e-3}, TypeError, "tolerance=0.001 goes with an adaptive solver"),
+        ({"solver": solvers.RK4(), "nfe": 8, "tolerance": 1e-3}, TypeError, "tolerance=0.001 goes with an adaptive"),
         ({"tolerance": -1.0}, ValueError, "tolerance = -1.0; expected nats > 0"),
         ({"solver": solvers.Dopri5(1e-3, 0.0), "tolerance": 1e-3}, TypeError, "with atol > 0"),
         ({"solver": "auto", "tolerance": 1e-3}, TypeError, "tolerance=0.001 goes with an adaptive Runge–Kutta solver"),
@@ -370,7 +375,7 @@ def test_a_failure_anywhere_along_a_curve_is_noticed(where):
         ({"solver": "auto", "gradient": "checkpoint"}, TypeError, "a curve has gradient='direct' only"),
         ({"gradient": "adjoint"}, ValueError, "use gradient='checkpoint'"),
         ({"gradient": "backprop"}, ValueError, "gradient = 'backprop' is not known"),
-        ({"trace": "slq"}, ValueError, "expected one of 'exact', 'hutchinson', 'hutch\\+\\+', 'xtrace'"),
+        ({"trace": "slq"}, ValueError, r"expected one of 'exact', 'hutchinson', 'hutch\+\+', 'xtrace'"),
         ({"probes": 0}, ValueError, "probes = 0"),
         ({"interval": (0.0, 1.0)}, ValueError, "fall from data to noise"),
         ({"interval": (1.2, 0.0)}, ValueError, "within the network's window"),
@@ -392,11 +397,11 @@ def test_bad_arguments_say_what_is_wrong(options, error, words):
 
 def test_states_and_modes_that_are_none():
     flow = PLANE.flow(paths.CondOT())
-    with pytest.raises(TypeError, match="the state is of dtype torch.int64; expected a floating-point tensor"):
+    with pytest.raises(TypeError, match=r"the state is of dtype torch\.int64; expected a floating-point tensor"):
         fs.log_prob(flow, torch.zeros(2, 2, dtype=torch.int64))
     with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode forbids; use no_grad"):
         fs.log_prob(flow, PLANE.sample(2))
-    with pytest.raises(TypeError, match="expected a flowsolve.Flow"):
+    with pytest.raises(TypeError, match=r"expected a flowsolve\.Flow"):
         fs.log_prob(flow.net, PLANE.sample(2))
     with pytest.raises(TypeError, match="unexpected keyword argument"):
         fs.log_prob(flow, PLANE.sample(2), order=3)

@@ -94,7 +94,7 @@ def test_marginal_and_normal_differ_by_the_signal_left():
 
 
 def test_a_normal_prior_makes_a_density_of_what_is_sampled():
-    """On VP at t = 0 with N(0, 1), for one Gaussian N(m, v): what samples are is normal, its moments known from the ODE."""
+    """On VP at t = 0 with N(0, 1), for one Gaussian N(m, v): samples are normal, with moments that the ODE tells."""
     case, path = GaussianMixture([[0.8]], 0.6, dtype=torch.float64), paths.VP()
     begin, end = path.at(0.0), path.at(1.0)
     spread = [math.sqrt(p.alpha**2 * 0.36 + p.sigma**2) for p in (begin, end)]

@@ -72,7 +72,8 @@ def test_the_sample_is_that_of_the_solver_on_the_same_grid(path, solver):
 
 
 @pytest.mark.parametrize(
-    "method", [{"nfe": 24}, {"solver": solvers.Dopri5()}, {"solver": solvers.RK4(), "nfe": 24}], ids=["curve", "adaptive", "fixed"]
+    "method", [{"nfe": 24}, {"solver": solvers.Dopri5()}, {"solver": solvers.RK4(), "nfe": 24}],
+    ids=["along a curve", "adaptive", "fixed"],
 )  # fmt: skip
 def test_seeds_samples_and_batches(method):
     """Sample 3 is sample 3 in any batch; its noise that of fs.sample; its conditioning its own."""
@@ -122,7 +123,7 @@ def test_a_failed_sample_is_nan_and_the_others_stand():
         out = fs.sample_log_prob(fs.Flow(net, CONDOT), (3, 2), cond=cond, throw=False, **method, **DOUBLE)
         assert out.log_prob.isnan().tolist() == [False, True, False]
         assert 0.4 < out.solution.t[1] < 0.7
-        with pytest.raises(fs.SolverError, match="1 of 3 samples .* sample 1: met a value that is not finite at t = "):
+        with pytest.raises(fs.SolverError, match=r"1 of 3 samples .* sample 1: met a value that is not finite at t = "):
             fs.sample_log_prob(fs.Flow(net, CONDOT), (3, 2), cond=cond, **method, **DOUBLE)
 
 
