@@ -337,7 +337,8 @@ def _inverse(r: Tensor) -> Tensor:
     pivots = r.diagonal(dim1=1, dim2=2)
     shift = torch.where(pivots < 0.0, -least, least)
     one = torch.eye(r.shape[2], dtype=r.dtype, device=r.device)
-    return torch.linalg.solve_triangular(r + torch.diag_embed(shift), one.expand_as(r), upper=True)
+    found: Tensor = torch.linalg.solve_triangular(r + torch.diag_embed(shift), one.expand_as(r), upper=True)
+    return found
 
 
 def _given(probes: Tensor | None) -> Tensor:
