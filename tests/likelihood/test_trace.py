@@ -74,7 +74,7 @@ def test_the_standard_error_is_that_of_the_mean(estimator):
 
 
 def test_deflation_pays_where_a_few_directions_rule():
-    """On a Jacobian of fast falling singular values both have less than a tenth of Hutchinson's spread, at equal cost."""
+    """Where singular values fall fast both have less than a tenth of Hutchinson's spread, at equal cost."""
     q = torch.linalg.qr(MATRIX)[0]
     matrix = q @ torch.diag(10.0 ** -torch.arange(SIZE, dtype=torch.float64)) @ q.T
     spread = [once(e, lambda x: x @ matrix, X[0], 500).std() for e in (Hutchinson(6), HutchPP(6), XTrace(6))]
@@ -177,7 +177,7 @@ SINES = torch.stack([torch.func.jacrev(lambda x: x.sin() @ MATRIX)(row) for row 
 
 
 def test_what_is_learnt_of_one_network_is_no_other_s():
-    """One estimator object for a network without a backward pass, one that vmap takes, and one with a backward alone."""
+    """One object for a network without a backward pass, one that vmap takes, and one with a backward pass alone."""
     given = Hutchinson(3)
     v = given.draw(X, Noise.of(0, 5))
     for net, truth in ((Blind.no_grad, JACOBIANS), (field, JACOBIANS), (backward, SINES)):
@@ -264,8 +264,8 @@ def test_images_of_any_memory_layout(estimator, layout):
         expected = torch.stack([j.trace() for j in jacobians])[:, None]
     else:
         v = estimator.draw(plain, Noise.of(0, 3))
-        expected = estimator(lambda z: torch.stack([j @ r for j, r in zip(jacobians, z, strict=True)]), plain.flatten(1),
-                             v.flatten(2))[1]  # fmt: skip
+        linear = lambda z: torch.stack([j @ r for j, r in zip(jacobians, z, strict=True)])  # noqa: E731
+        expected = estimator(linear, plain.flatten(1), v.flatten(2))[1]
     assert torch.allclose(traces, expected, rtol=1e-9)
 
 
@@ -283,12 +283,13 @@ def test_a_u_net_with_attention():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_networks(dtype):
-    """Fed in their dtype, traced in float32: Hutchinson's probes agree with the float64 network to the dtype's rounding."""
+    """Fed in their dtype, traced in float32: the float64 network's traces to the dtype's rounding."""
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(SIZE, 16), torch.nn.SiLU(), torch.nn.Linear(16, SIZE))
     traces = {}
     for kind in (dtype, torch.float64):
-        flow = fs.Flow(lambda x, t, net=net.to(kind): net(x), fs.paths.CondOT(), dtype=kind)
+        fed = net.to(kind)
+        flow = fs.Flow(lambda x, t, fed=fed: fed(x), fs.paths.CondOT(), dtype=kind)
         x = X.float() if kind == dtype else X
         for estimator in (Exact(), Hutchinson(3), Hutchinson(3, mode="forward")):
             traces.setdefault(kind, []).append(found(estimator, lambda v, flow=flow: flow.call(v, 0.5), x)[1])
@@ -350,7 +351,7 @@ def test_derivatives_of_the_trace(estimator):
         (lambda: resolve("hutch++", 8), ValueError, "multiple of 3"),
         (lambda: resolve("xtrace", 5), ValueError, "probes = 5; expected an integer >= 4 and a multiple of 2"),
         (lambda: resolve(Hutchinson(2), 3), TypeError, "probes = 3 beside Hutchinson.*give one"),
-        (lambda: Hutchinson(2, kind="uniform"), ValueError, "kind = 'uniform'; expected one of 'rademacher', 'gaussian'"),
+        (lambda: Hutchinson(2, kind="uniform"), ValueError, "kind = 'uniform'; expected one of 'rademacher'"),
         (lambda: Hutchinson(2, mode="jvp"), ValueError, "mode = 'jvp'; expected one of 'auto', 'reverse', 'forward'"),
         (lambda: found(XTrace(8), lambda x: x, X[:, :3]), ValueError, "8 products on 3 numbers; use trace='exact'"),
         (lambda: Hutchinson(2)(field, X, None), ValueError, "needs the probes that draw gives"),
