@@ -20,7 +20,7 @@ from flowsolve.brownian import named
 from flowsolve.charts import Chart
 from flowsolve.flow import Flow
 from flowsolve.grids import Final
-from flowsolve.likelihood.log_prob import LogProb, reading
+from flowsolve.likelihood.log_prob import LogProb, falling, reading
 from flowsolve.likelihood.prior import Prior
 from flowsolve.likelihood.trace import Trace
 from flowsolve.noise import START, Seed
@@ -161,7 +161,7 @@ def log_prob(
     """
     check_flow(flow, cond)
     job = reading(
-        flow, interval or (flow.path.window[1], 0.0), solver=solver, trace=trace, probes=probes, seed=seed, nfe=nfe,
+        flow, falling(flow, interval), solver=solver, trace=trace, probes=probes, seed=seed, nfe=nfe,
         grid=grid, chart=chart, prior=prior, repeats=repeats, tolerance=tolerance, shared=cond,
     )  # fmt: skip
     return _quiet(stream(job, numbered(source), batch, progress=progress, total=total))

@@ -6,7 +6,7 @@ import math
 from collections.abc import Generator, Mapping
 from dataclasses import replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from flowsolve.noise import Noise
 from flowsolve.planning import at_least, unit, varies
 from flowsolve.predictions import Estimate
 from flowsolve.solution import Solution
-from flowsolve.solvers.base import EstimateSolver, Query, State
+from flowsolve.solvers.base import EstimateSolver, Query, State, Step
 from flowsolve.streaming import Chunk
 
 __all__ = ["BUDGET", "Along"]
@@ -163,44 +163,42 @@ class Along:
         tree = context.tree
         if not len(y):
             return self._solution(torch.cat((rows(y), rows(y), y.new_zeros(0, self.trace.count + 1)), 1), [], 0)
-        walk, nodes, price = self._walk(y), set(self.rule.times), self.flow.cost if varies(self.flow) else _one
-        spent: Any = 0
-        x, data, trace, tip = [], [], [], None
-        query = next(walk)
-        try:
-            for t in [*self.stops, math.nan]:
-                while query.t != t:  # a stage within a step
-                    spent = spent + price(query.t)
-                    query = walk.send(self.flow.estimate(query.x, query.t, **tree["cond"]))
-                if t in nodes:
-                    estimate, found = self._ask(query.x, t, tree)
-                    x.append(rows(query.x))
-                    data.append(rows(estimate.data))
-                    trace.append(found)
-                else:
-                    estimate = self.flow.estimate(query.x, t, **tree["cond"])
-                    tip = (rows(query.x), rows(estimate.noise)) if t == self.data_end else tip
-                spent = spent + price(t)
-                query = walk.send(estimate)
-        except StopIteration:
-            pass
+        nodes, price = set(self.rule.times), self.flow.cost if varies(self.flow) else _one
+        walk, spent, tip = self._walk(y), cast(Any, 0), None
+        x, data, trace = [], [], []
+        query, begins = next(walk)
+        while True:
+            t = query.t
+            if begins and t in nodes:
+                estimate, found = self._ask(query.x, t, tree)
+                x.append(rows(query.x))
+                data.append(rows(estimate.data))
+                trace.append(found)
+            else:
+                estimate = self.flow.estimate(query.x, t, **tree["cond"])
+                tip = (rows(query.x), rows(estimate.noise)) if begins and t == self.data_end else tip
+            spent = spent + price(t)
+            try:
+                query, begins = walk.send(estimate)
+            except StopIteration:
+                break
         order = slice(None, None, -1 if self.samples else 1)
         curve = Curve(self.rule, *(torch.stack(v[order]) for v in (x, data, trace)))
         if self.repeats:
             curve, extra = self._looked(curve, y.shape, tree)
             spent = spent + sum(price(t) for t in extra)
-        found = self._read(curve, y, tip)
+        read = self._read(curve, y, tip)
         seen = [largest(v.detach()) for v in curve.x.unbind(0)][order]
-        return self._solution(found, seen, spent)
+        return self._solution(read, seen, spent)
 
-    def _walk(self, y: Tensor) -> Generator[Query, Estimate, None]:
-        """What the solver asks on its way, and at its end."""
+    def _walk(self, y: Tensor) -> Generator[tuple[Query, bool], Estimate, None]:
+        """What the solver asks on its way, with whether a step begins there, and at its end."""
         path, first = self.flow.path, self.stops[0]
         y = y if first == self.start else y * float(path.alpha(first) / path.alpha(self.start))  # x/α is held
         step, now = self.solver.on(path, None, self.intervals), State(y)
         for interval in self.intervals:
-            now = yield from step(now, *interval)
-        yield Query(now.x, self.stops[-1])
+            now = yield from _told(step(now, *interval))
+        yield Query(now.x, self.stops[-1]), True
 
     def _ask(self, x: Tensor, t: Any, tree: Any) -> tuple[Estimate, Tensor]:
         """The estimate, and T of shape (B, count), by one call."""
@@ -295,6 +293,18 @@ class Along:
         value = torch.where(solution.ok.to(values.device), values.mean(1), math.nan)
         stderr = self.trace.stderr(values.detach())
         return LogProb(value, stderr, error.detach().squeeze(1), solution.nfe, latent, sample, solution)
+
+
+def _told(step: Step) -> Generator[tuple[Query, bool], Estimate, State]:
+    """The queries of a step, with which of them is the first."""
+    try:
+        query, begins = next(step), True
+        while True:
+            estimate = yield query, begins
+            query, begins = step.send(estimate), False
+    except StopIteration as stop:
+        state: State = stop.value
+        return state
 
 
 def _one(t: Any) -> int:

@@ -33,7 +33,7 @@ from flowsolve.solvers.exponential import refuse_chart
 from flowsolve.solvers.multistep import Multistep
 from flowsolve.streaming import Chunk
 
-__all__ = ["LogProb", "log_prob", "reading", "sample_log_prob"]
+__all__ = ["LogProb", "falling", "log_prob", "reading", "sample_log_prob"]
 
 AUTO = Multistep(3)
 
@@ -110,19 +110,30 @@ def log_prob(
     """
     check_flow(flow, cond)
     x = state(x)
-    start, end = interval or (flow.path.window[1], 0.0)
-    if not 0.0 <= end < start <= flow.path.window[1]:
-        raise ValueError(
-            f"interval = {(start, end)!r}; expected times that fall from data to noise, within the network's "
-            f"window [0, {flow.path.window[1]:g}]"
-        )
+    ends = falling(flow, interval)
     graph = torch.is_grad_enabled() and (x.requires_grad if grad is None else grad)
     job = reading(
-        flow, (start, end), solver=solver, trace=trace, probes=probes, seed=seed, nfe=nfe, grid=grid, chart=chart,
+        flow, ends, solver=solver, trace=trace, probes=probes, seed=seed, nfe=nfe, grid=grid, chart=chart,
         prior=prior, repeats=repeats, tolerance=tolerance, gradient=gradient, graph=graph,
     )  # fmt: skip
     noise = Noise.for_batch(seed, len(x), samples)
     return _found(job, Chunk(x, dict(cond or {}), noise.samples), batch, progress, throw, graph)
+
+
+def falling(flow: Flow, interval: tuple[float, float] | None) -> tuple[float, float]:
+    """An interval from data to noise, by default the whole.
+
+    Raises:
+        ValueError: times that do not fall, or lie outside the network's window.
+    """
+    last = flow.path.window[1]
+    start, end = interval or (last, 0.0)
+    if not 0.0 <= end < start <= last:
+        raise ValueError(
+            f"interval = {(start, end)!r}; expected times that fall from data to noise, within the network's window "
+            f"[0, {last:g}]"
+        )
+    return start, end
 
 
 def sample_log_prob(

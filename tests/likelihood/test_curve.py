@@ -73,18 +73,18 @@ def test_every_prediction_gives_one_density(path, prediction):
 
 
 def test_the_default_budget():
-    """48 evaluations on CondOT: nine samples in ten are right to 5e-4 bpd.
+    """48 evaluations on CondOT: nine samples in ten are right to 5e-4 bpd, the mean to that, and the rms is below 2e-3.
 
-    The few that settle late between their modes rule mean and rms: 5e-4 and 3e-3 in 16 dimensions, less elsewhere.
+    The few samples that settle late between their modes rule the rms: 8e-4 in 16 dimensions, less elsewhere.
     """
     for case in MIXTURES.values():
         x, truth = at_data(case, CONDOT, 48)
         out = fs.log_prob(case.flow(CONDOT), x, trace="exact")
         assert out.nfe.tolist() == [48] * 48
         error = bits(out.log_prob - truth, x)
-        assert abs(error.mean()) < 1e-3
+        assert abs(error.mean()) < 5e-4
         assert error.abs().quantile(0.9) < 5e-4
-        assert rms(error) < 4e-3
+        assert rms(error) < 2e-3
 
 
 def test_a_full_covariance():
@@ -228,7 +228,7 @@ def test_solvers_that_draw_noise_are_refused(solver):
 
 
 def test_second_looks_help_where_modes_are_far_apart():
-    """At the same 16, 24 and 32 evaluations: half the rms at most."""
+    """At the same 16, 24 and 32 evaluations: less than 0.7 of the rms without them."""
     for case in (MIXTURES["D=16"], MIXTURES["images"]):
         x, truth = at_data(case, CONDOT, 64)
         for nfe in (16, 24, 32):
@@ -236,7 +236,7 @@ def test_second_looks_help_where_modes_are_far_apart():
                 rms(fs.log_prob(case.flow(CONDOT), x, trace="exact", nfe=nfe, repeats=r).log_prob - truth)
                 for r in (0, None)
             )
-            assert looked < 0.5 * plain
+            assert looked < 0.7 * plain
 
 
 def test_repeats_are_part_of_the_budget():
