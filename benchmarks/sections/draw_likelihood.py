@@ -9,6 +9,7 @@ from typing import Any
 __all__ = ["draw"]
 
 COLUMNS = 3
+TICKS = (10, 20, 50, 100, 200, 500, 1000)
 STYLES = {
     "curve": ("C1", "o", 2.0),
     "curve, marginal prior": ("C8", "o", 1.5),
@@ -26,6 +27,7 @@ STYLES = {
 def draw(file: Path, problems: Mapping[str, Any]) -> None:
     """The rms error in bits per dimension of every method."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     columns = min(COLUMNS, len(problems)) or 1
     rows = -(-len(problems) // columns) or 1
@@ -44,6 +46,10 @@ def draw(file: Path, problems: Mapping[str, Any]) -> None:
         ax.set_ylim(1e-6, 10.0)
         ax.grid(True, which="major", alpha=0.3)
         ax.set_xlabel("passes of the network")
+        low, high = ax.get_xlim()
+        kept = [t for t in TICKS if low <= t <= high]
+        ax.set_xticks(kept, [str(t) for t in kept])
+        ax.xaxis.set_minor_formatter(NullFormatter())
     for ax in axes[len(problems) :]:
         ax.axis("off")
     axes[0].set_ylabel("rms error, bits/dim")
