@@ -35,18 +35,15 @@ standard error.
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flowsolve._batch import per_sample
 from flowsolve.flow import Flow
+from flowsolve.likelihood.products import AT_ONCE, Forward, Function, Product, Reverse, Unseen, full
 from flowsolve.noise import PROBE, Noise
 from flowsolve.paths import Point
 from flowsolve.predictions import Estimate
@@ -55,12 +52,6 @@ __all__ = ["Exact", "HutchPP", "Hutchinson", "Trace", "XTrace", "estimated", "of
 
 KINDS = ("rademacher", "gaussian")
 MODES = ("auto", "reverse", "forward")
-AT_ONCE = 64
-"""The most products in one batched pass, whose intermediate values take as many times the memory of one."""
-
-Function = Callable[[Tensor], Tensor]
-Product = Callable[[Tensor], Tensor]
-"""From vectors (K, B, *S) to their products with each sample's Jacobian, or its transpose, in the same shape."""
 
 
 @dataclass(frozen=True)
@@ -126,11 +117,9 @@ class Trace:
         output, product = self._linearised(function, x, first, graph)
         try:
             found = self._estimate(product, x, probes)
-        except (
-            _Unseen,
-            RuntimeError,
-        ) as error:  # no backward pass through some of its operations: there may be a forward one
-            if not isinstance(product, _Reverse) or self.mode != "auto" or graph or _full(error):
+        except (Unseen, RuntimeError) as error:
+            # No backward pass through some of its operations: there may be a forward one.
+            if not isinstance(product, Reverse) or self.mode != "auto" or graph or full(error):
                 raise
             self._learnt["mode"] = "forward"
             output, product = self._linearised(function, x, first, graph)
@@ -158,86 +147,17 @@ class Trace:
                     output = function(inner)
                 except RuntimeError as error:
                     if "numpy()" in str(error):
-                        raise _Unseen("") from error
+                        raise Unseen("") from error
                     raise
             if output.requires_grad:
-                return output, _Reverse(output, inner, graph, self._learnt)
+                return output, Reverse(output, inner, graph, self._learnt)
             if mode == "reverse" or graph:
-                raise _Unseen("")
+                raise Unseen("")
         if graph:
             raise ValueError("mode='forward' keeps no derivatives of the trace; use mode='reverse' beside grad=True")
-        made = _Forward(function, x.detach().contiguous(), first)  # some forward derivatives take no other layout
+        made = Forward(function, x.detach().contiguous(), first)  # some forward derivatives take no other layout
         self._learnt["mode"] = "forward"
         return made.output, made
-
-
-class _Reverse:
-    """vᵀJ, by backward passes over a graph; several at once where the network's operations can be batched."""
-
-    def __init__(self, output: Tensor, x: Tensor, graph: bool, learnt: dict[str, Any]) -> None:
-        self.output, self.x, self.graph, self.learnt = output, x, graph, learnt
-
-    def __call__(self, vectors: Tensor) -> Tensor:
-        if len(vectors) > 1 and self.learnt.get("batched", True):
-            try:
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", message=".*performance drop.*")
-                    parts = [self._pull(part, True) for part in vectors.split(AT_ONCE)]
-                self.learnt["batched"] = True
-                return torch.cat(parts)
-            except RuntimeError as error:
-                if _full(error):
-                    raise
-                self.learnt["batched"] = False
-        return torch.stack([self._pull(v, False) for v in vectors])
-
-    def _pull(self, vectors: Tensor, batched: bool) -> Tensor:
-        (found,) = torch.autograd.grad(
-            self.output, self.x, vectors, retain_graph=True, create_graph=self.graph, allow_unused=True,
-            is_grads_batched=batched,
-        )  # fmt: skip
-        if found is None:
-            raise _Unseen("")
-        return found
-
-
-class _Forward:
-    """J v, by passes that carry a tangent; the first of them gives the output too."""
-
-    def __init__(self, function: Function, x: Tensor, first: Tensor | None) -> None:
-        self.function, self.x, self.first = function, x, None
-        if first is None:
-            with torch.no_grad():
-                self.output = function(x)
-        else:
-            self.output, self.first = self._push(first)
-
-    def __call__(self, vectors: Tensor) -> Tensor:
-        ready, self.first = ([] if self.first is None else [self.first]), None
-        return torch.stack([*ready, *(self._push(v)[1] for v in vectors[len(ready) :])])
-
-    def _push(self, vector: Tensor) -> tuple[Tensor, Tensor]:
-        # The fused kernels of attention have no forward mode; the plain one has.
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
-            output, tangent = forward_ad.unpack_dual(self.function(forward_ad.make_dual(self.x, vector.contiguous())))
-        if tangent is None:
-            raise _Unseen(", in reverse or in forward mode")
-        return output, tangent
-
-
-class _Unseen(ValueError):
-    """Autograd sees no way from x to the output."""
-
-    def __init__(self, how: str) -> None:
-        super().__init__(
-            f"the network's output does not depend on x for autograd{how}, so its divergence cannot be read; remove "
-            "no_grad, inference_mode, detach or NumPy from the network's forward pass"
-        )
-
-
-def _full(error: Exception) -> bool:
-    """Whether memory ran out, which no other way of making the products would mend."""
-    return isinstance(error, torch.OutOfMemoryError)
 
 
 @dataclass(frozen=True)
