@@ -76,6 +76,6 @@ $(VENV)/.demo: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 $(VENV)/.dev: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@echo "installing the development tools"
 	@$(BIN)/python -m pip install -qq -c $(CONSTRAINTS) -e '.[dev,docs]'
-	@# A peer of the tests, whose samplers need none of the training tools that the package asks for.
-	@$(BIN)/python -m pip install -qq -c $(CONSTRAINTS) --no-deps k-diffusion
+	@# Peers of the tests, which need none of the training tools that these packages ask for.
+	@$(BIN)/python -m pip install -qq -c $(CONSTRAINTS) --no-deps k-diffusion torchcfm
 	@touch $(VENV)/.demo $@

@@ -622,7 +622,7 @@ def test_what_torchsde_cannot_do_is_refused() -> None:
         Torchsde("rk4")
     with pytest.raises(ValueError, match="eta = -1"):
         Torchsde(eta=-1.0)
-    with pytest.raises(TypeError, match="needs a Runge–Kutta solver"):
+    with pytest.raises(TypeError, match="a likelihood is of the ODE: give a Runge–Kutta solver"):
         fs.log_prob(flow, start, solver=Torchsde())
     with pytest.raises(TypeError, match="works on flows only"):
         fs.solve(decay, STARTS, 0.0, 1.0, solver=Torchsde())
