@@ -139,7 +139,7 @@ def test_the_standardised_error_is_student_s(trace, method):
 @both
 @pytest.mark.parametrize(("trace", "probes"), [("hutchinson", 8), ("hutch++", 12), ("xtrace", 8)])
 def test_probes_are_unbiased_where_the_field_is_not_linear(trace, probes, method):
-    """Within 4 standard errors of the mean over 512 samples; of XTrace too, whose own standard error is a little low."""
+    """Within 4 standard errors of the mean over 512 samples; of XTrace too, whose own error bar is a little low."""
     x = IMAGES.sample(64, seed=5).repeat(8, 1, 1, 1)
     flow = IMAGES.flow(paths.CondOT())
     truth = fs.log_prob(flow, x[:64], trace="exact", **method).log_prob.repeat(8)
