@@ -36,7 +36,8 @@ from torch.autograd.function import once_differentiable
 
 from flowsolve._batch import Context, per_sample
 from flowsolve._parameters import parameters_of
-from flowsolve.drivers import Ask, collect, pursue, resident
+from flowsolve.drivers import Ask
+from flowsolve.pursuit import collect, pursue, resident
 from flowsolve.solvers.adaptive import Adaptive, Attempt
 from flowsolve.solvers.base import Query, run
 from flowsolve.solvers.runge_kutta import RungeKutta, Stride, look

@@ -21,9 +21,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from flowsolve import grids
 from flowsolve._arguments import check_gradient, check_solver, state
 from flowsolve._batch import Context, send, state_dtype
-from flowsolve.drivers import Ask, Metered, collect, march, pursue, resident
+from flowsolve.drivers import Ask, march
 from flowsolve.gradients import Backsolve, parameters_of
 from flowsolve.planning import share, whole
+from flowsolve.pursuit import Metered, collect, pursue, resident
 from flowsolve.solution import Solution
 from flowsolve.solvers.adaptive import Adaptive, Status
 from flowsolve.solvers.base import Foreign, Query, SlopeSolver, Solver

@@ -16,13 +16,14 @@ from flowsolve._arguments import check_gradient, check_grid, check_solver, state
 from flowsolve._batch import Context, choose, rows
 from flowsolve.capture import captured, require_cuda
 from flowsolve.charts import Chart
-from flowsolve.drivers import Ask, Metered, march, stepped
+from flowsolve.drivers import Ask, march, stepped
 from flowsolve.flow import Flow
 from flowsolve.grids import Closing, Final
 from flowsolve.noise import Noise
 from flowsolve.ode import trajectory
 from flowsolve.paths import Path
 from flowsolve.planning import allowance, given, laid, unit, varies, within
+from flowsolve.pursuit import Metered
 from flowsolve.snapshot import Callback, Snapshot
 from flowsolve.solution import Solution
 from flowsolve.solvers.adaptive import Status

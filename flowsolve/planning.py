@@ -26,11 +26,11 @@ from numpy.typing import NDArray
 
 from flowsolve import grids
 from flowsolve.charts import Chart
-from flowsolve.drivers import Metered
 from flowsolve.flow import Flow
 from flowsolve.grids import At, Grid, Spacing, Timesteps
 from flowsolve.noise import Noise
 from flowsolve.paths import Path
+from flowsolve.pursuit import Metered
 from flowsolve.solvers.base import EstimateSolver, Query, Solver, State, run
 
 __all__ = [

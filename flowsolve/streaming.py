@@ -4,7 +4,7 @@ A `Job` says how samples become the state of an ODE and back: sampling, encoding
 runs one over chunks of samples, of any sizes, and yields a result for each chunk in order, as soon as it is complete.
 
 * An adaptive solver keeps `width` samples under way. One that finishes leaves, a waiting one enters, and the network
-  sees a nearly full batch until the source runs dry (`flowsolve.drivers.pursue`). A result is the same, to rounding, as
+  sees a nearly full batch until the source runs dry (`flowsolve.pursuit.pursue`). A result is the same, to rounding, as
   that of a sample alone.
 * On a fixed grid all samples cost the same: chunks are cut and joined to batches of `width`.
 
@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from flowsolve._batch import Context, take
-from flowsolve.drivers import Ask, Finished, Metered, collect, pursue
+from flowsolve.drivers import Ask
+from flowsolve.pursuit import Finished, Metered, collect, pursue
 from flowsolve.solution import Solution
 from flowsolve.solvers.adaptive import Adaptive
 from flowsolve.solvers.base import Solver

@@ -30,7 +30,7 @@ from flowsolve import charts
 from flowsolve._arguments import check_gradient, check_grid, state
 from flowsolve._batch import Context, per_sample, rows
 from flowsolve.charts import Chart
-from flowsolve.drivers import Ask, Metered
+from flowsolve.drivers import Ask
 from flowsolve.flow import Flow
 from flowsolve.likelihood.prior import MARGINAL, Prior, marginal_log_prob, normal_log_prob
 from flowsolve.likelihood.result import LogProb, one_shape
@@ -38,6 +38,7 @@ from flowsolve.likelihood.trace import Trace, estimated, of_noise
 from flowsolve.noise import Noise
 from flowsolve.ode import trajectory
 from flowsolve.planning import allowance, laid, unit, varies
+from flowsolve.pursuit import Metered
 from flowsolve.solution import Solution
 from flowsolve.solvers.adaptive import Adaptive
 from flowsolve.solvers.base import Query, SlopeSolver, Solver, charted, scaled

@@ -322,7 +322,11 @@ def resolve(trace: str | Trace, probes: int | None = None) -> Trace:
     if trace not in NAMES:
         raise ValueError(f"trace = {trace!r} is not known; expected one of {', '.join(map(repr, NAMES))}, or a Trace")
     kind = NAMES[trace]
-    return kind() if probes is None or kind is Exact else kind(probes)
+    if probes is None:
+        return kind()
+    if kind is Exact:
+        raise TypeError(f"probes = {probes!r} beside trace='exact', which draws none; drop it")
+    return kind(probes)
 
 
 def estimated(

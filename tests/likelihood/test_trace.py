@@ -361,6 +361,7 @@ def test_derivatives_of_the_trace(estimator):
         (lambda: resolve("hutch++", 3), ValueError, "probes = 3; expected an integer >= 6 and a multiple of 3"),
         (lambda: resolve("hutch++", 8), ValueError, "multiple of 3"),
         (lambda: resolve("xtrace", 5), ValueError, "probes = 5; expected an integer >= 4 and a multiple of 2"),
+        (lambda: resolve("exact", 4), TypeError, "probes = 4 beside trace='exact', which draws none; drop it"),
         (lambda: resolve(Hutchinson(2), 3), TypeError, "probes = 3 beside Hutchinson.*give one"),
         (lambda: Hutchinson(2, kind="uniform"), ValueError, "kind = 'uniform'; expected one of 'rademacher'"),
         (lambda: Hutchinson(2, mode="jvp"), ValueError, "mode = 'jvp'; expected one of 'auto', 'reverse', 'forward'"),
