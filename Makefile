@@ -18,7 +18,7 @@ export NO_MKDOCS_2_WARNING := 1
 # The first interpreter that runs and is new enough (a pyenv shim may exist without running).
 CANDIDATES := $(or $(PYTHON),python3.11 python3 python3.12 python3.13)
 
-.PHONY: help demo test slow lint format docs build clean clean-venv
+.PHONY: help demo test slow portability lint format docs build clean clean-venv
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,13 @@ test: $(VENV)/.dev ## tests and doctests, without the slow ones
 
 slow: $(VENV)/.dev ## only the slow tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) -m slow
+
+portability: $(VENV)/.dev ## the tests as other CPUs round: without vectors, with AVX2, and on two threads
+	@for cpu in "default SSE41 1" "default SSE41 2" "avx2 AVX2 1" "avx2 AVX2 2"; do \
+	  set -- $$cpu; echo "ATEN_CPU_CAPABILITY=$$1 ONEDNN_MAX_CPU_ISA=$$2, threads: $$3"; \
+	  ATEN_CPU_CAPABILITY=$$1 ONEDNN_MAX_CPU_ISA=$$2 FLOWSOLVE_TEST_THREADS=$$3 OMP_NUM_THREADS=$$3 \
+	    $(BIN)/python -m pytest -q -n $(JOBS); \
+	done
 
 lint: $(VENV)/.dev ## style, format, types and the direction of imports
 	@$(BIN)/ruff check --quiet --output-format concise

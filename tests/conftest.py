@@ -1,6 +1,7 @@
 """How the tests run: reproducible property tests, one thread, slow tests on request, GPU tests where there is a GPU.
 
 `HYPOTHESIS_PROFILE=thorough pytest` searches with fresh random examples; the other profiles repeat the same ones.
+`FLOWSOLVE_TEST_THREADS=2` lets torch sum on two threads, which rounds otherwise (`make portability`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("FLOWSOLVE_TEST_THREADS", "1")))
 # Plain torch kernels, unless a test says otherwise: when compiled ones would be loaded depends on the tests before.
 os.environ.setdefault("FLOWSOLVE_KERNELS", "torch")
 

@@ -1,6 +1,7 @@
 """Our scheduler in real pipelines: every solver runs, and the one that is the pipeline's own makes the same images.
 
-Images are in [0, 1]. "Equal" is to 1e-4 in float32; that another solver's images are not shows what that means.
+Images are in [0, 1]. "Equal" is to 1e-4 in float32; that another solver's images are not shows what that means. Latents
+have the scale that an untrained network gives them (hundreds, PixArt's): they are compared to the largest of them.
 """
 
 from __future__ import annotations
@@ -50,6 +51,15 @@ CASES: dict[str, Callable[..., Case]] = {
 }  # fmt: skip
 FLOWS = ("sd3", "flux")
 EQUAL = 1e-4
+GUIDANCE, STEPS = 7.5, 5
+# A sum of a network rounds by about eps of its largest term, through some four blocks; guidance makes the difference of
+# two estimates, each rounded by that, up to 2 × 7.5 as large; each step does so again.
+ROUNDED = torch.finfo(torch.float32).eps * 4 * 2 * GUIDANCE * STEPS
+
+
+def off(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, relative to the largest number."""
+    return float((found - expected).abs().max() / expected.abs().max())
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -598,7 +608,7 @@ def test_so_with_conditioning(name: str, tmp_path: Path) -> None:
         sol = fs.sample(
             flow, start=start, interval=(nodes[0], nodes[-1]), solver=UniPC(2), grid=nodes, cond=conditions(case, name)
         )
-        torch.testing.assert_close(sol.x, expected, rtol=1e-4, atol=1e-4)
+        assert off(sol.x, expected) < ROUNDED
 
 
 # --- guidance ---------------------------------------------------------------------------------------------------------
@@ -610,16 +620,16 @@ def test_classifier_free_guidance_is_the_pipeline_s(name: str, batched: bool, tm
     """guidance_scale = 7.5 by the pipeline, and of the loaded flow; a negative prompt for each sample."""
     case = CASES[name]()
     s = Scheduler.from_config(case.native, solver=UniPC(2))
-    expected = case(s, 5, output_type="latent", guidance_scale=7.5)
+    expected = case(s, STEPS, output_type="latent", guidance_scale=GUIDANCE)
     case.pipe.save_pretrained(tmp_path)
     cond = {**conditions(case, name), "unconditional": conditions(case, name, "negative_")}
-    guided = fs.guidance.ClassifierFree(adapters.load(tmp_path), 7.5, batched=batched)
+    guided = fs.guidance.ClassifierFree(adapters.load(tmp_path), GUIDANCE, batched=batched)
     sol = fs.sample(
         guided, start=latents(case, name, s), interval=(s.nodes[0], s.nodes[-1]), solver=UniPC(2), grid=s.nodes,
         cond=cond,
     )  # fmt: skip
-    torch.testing.assert_close(sol.x, expected, rtol=1e-5, atol=EQUAL)
-    assert sol.nfe.tolist() == [10, 10]
+    assert off(sol.x, expected) < ROUNDED
+    assert sol.nfe.tolist() == [2 * STEPS] * 2
 
 
 def test_guidance_by_one_empty_prompt_for_all(tmp_path: Path) -> None:
