@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from flowsolve import adapters
 from tests.adapters import tiny
-from tests.adapters.corpus import pipeline, scheduler, score_file
 from tests.adapters.test_edm import EDMPrecond
 from tests.adapters.test_single_file import Tree
 from tests.adapters.wrappers import load
 
 GUIDE = Path(__file__).parents[2] / "docs/checkpoints.md"
 diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("torchcfm")
+load("external")  # skips here what could not be skipped within the corpus
+from tests.adapters.corpus import pipeline, scheduler, score_file  # noqa: E402
 
 
 class Small(nn.Module):

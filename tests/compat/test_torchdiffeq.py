@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torchdiffeq
 from scipy.integrate import solve_ivp
 from torch import Tensor, nn
 
 import flowsolve as fs
 from flowsolve.compat.torchdiffeq import odeint, odeint_adjoint
 
+torchdiffeq = pytest.importorskip("torchdiffeq")
 PAIRS = ["dopri5", "dopri8", "bosh3", "adaptive_heun", "fehlberg2"]
 FIXED = ["euler", "midpoint", "heun2", "heun3", "rk4"]
 MATRIX = torch.tensor([[-0.1, 2.0], [-2.0, -0.1]], dtype=torch.float64)

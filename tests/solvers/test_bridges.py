@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torchdiffeq
 from scipy.integrate import solve_ivp
 from torch import Tensor, nn
 
@@ -21,6 +20,8 @@ from flowsolve.paths import VP, CondOT, Discrete
 from flowsolve.problems import GaussianMixture
 from flowsolve.solvers.bridges import Torchdiffeq, Torchsde
 
+torchdiffeq = pytest.importorskip("torchdiffeq")
+pytest.importorskip("torchsde")
 ADAPTIVE = ["dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun"]
 ORDERS = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}
 COSTS = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}
