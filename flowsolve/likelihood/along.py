@@ -19,7 +19,9 @@ from flowsolve.flow import Flow
 from flowsolve.grids import At
 from flowsolve.kernels import largest
 from flowsolve.likelihood.curve import Curve, Rule, nodes
-from flowsolve.likelihood.prior import MARGINAL, NORMAL, Prior, marginal_log_prob, normal_log_prob, stretch
+from flowsolve.likelihood.ends import Stretch, Tip
+from flowsolve.likelihood.prior import MARGINAL, Prior, marginal_log_prob, normal_log_prob
+from flowsolve.likelihood.prior import stretch as wide
 from flowsolve.likelihood.result import LogProb, one_shape
 from flowsolve.likelihood.trace import Trace, estimated, of_noise
 from flowsolve.noise import Noise
@@ -27,12 +29,24 @@ from flowsolve.planning import at_least, unit, varies
 from flowsolve.predictions import Estimate
 from flowsolve.solution import Solution
 from flowsolve.solvers.base import EstimateSolver, Query, State, Step
+from flowsolve.solvers.multistep import Multistep
 from flowsolve.streaming import Chunk
 
-__all__ = ["BUDGET", "Along"]
+__all__ = ["BUDGET", "Along", "automatic"]
 
 BUDGET = 48
 """Evaluations, where none are asked for."""
+CORRECTED = 64
+"""Evaluations from which steps are corrected."""
+
+
+def automatic(nfe: int | None) -> Multistep:
+    """The solver of a budget: data-form multistep of order 3, with a corrector where its steps are short enough.
+
+    A corrector takes the order from 3 to 4, whatever the field; on long steps it follows the extrapolation away from
+    states that settle between modes, which the second integral of the curve mends at order 3.
+    """
+    return Multistep(3, corrector=3 if nfe is not None and nfe >= CORRECTED else 0)
 
 
 def second_looks(budget: int) -> int:
@@ -81,11 +95,12 @@ class Along:
         self.start, self.end = interval
         self.samples = self.start < self.end
         self.data_end, self.noise_end = max(interval), min(interval)
-        # Ends without a log-SNR: sampling sets out from pure noise, and clean data are looked at where that can be.
-        outset = self.samples and path.at(self.noise_end).alpha == 0.0
-        clean = path.at(self.data_end)
-        self.tip = clean.sigma == 0.0 and not flow.prediction.singular(clean)
-        self.bare = (outset, self.tip) if self.samples else (self.tip, False)
+        # Ends without a log-SNR lie beyond the nodes; each takes one evaluation where the prediction tells something.
+        beyond = {t: path.at(t).alpha == 0.0 or path.at(t).sigma == 0.0 for t in interval}
+        if not self.samples and prior == MARGINAL:
+            beyond[self.noise_end] = False  # it is what stands for the way to pure noise
+        ends = [t for t in interval if beyond[t]]
+        self.bare = sum(not flow.prediction.singular(path.at(t)) for t in ends)
         self.shape: tuple[int, ...] = ()  # of a sample, learnt from the first
         budget = at_least(nfe, flow)
         laid = None if grid is None else grids.resolve(grid)
@@ -97,8 +112,12 @@ class Along:
         )
         self.rule = Rule(path, times)
         inner = times[::-1] if self.samples else times
-        self.stops = [*[self.start] * self.bare[0], *inner, *[self.end] * self.bare[1]]
-        self.intervals = list(zip(self.stops, self.stops[1:], counts, strict=False))
+        self.stops = list(inner)
+        self.intervals = list(zip(inner, inner[1:], counts, strict=False))
+        towards = {self.data_end: times[:2], self.noise_end: times[:-3:-1]}
+        self.opening, self.closing = (Stretch(flow, t, towards[t]) if beyond[t] else None for t in interval)
+        if self.opening is not None and not self.opening.clean:
+            flow.require(self.start, "the likelihood's grid")
         if self.repeats >= len(times):
             raise ValueError(f"repeats = {self.repeats} for {len(times)} nodes; expected fewer second looks than nodes")
         for t in self.stops:
@@ -117,8 +136,8 @@ class Along:
             )
         known = sorted((t for t in times if path.at(t).alpha > 0.0 and path.at(t).sigma > 0.0), reverse=True)
         each = self.solver.evaluations
-        steps = len(known) - 1 + sum(self.bare)
-        least = steps * each + 1
+        steps = len(known) - 1
+        least = steps * each + 1 + self.bare
         self.repeats = _whole(repeats, (0 if budget is None else budget - least) if repeats is None else repeats)
         if self.repeats < 0 or budget not in (None, least + self.repeats):
             raise ValueError(
@@ -131,19 +150,18 @@ class Along:
         """Times from data to noise for a budget, and the evaluations of each step in the order of the solve."""
         assert budget is not None
         self.repeats = _whole(repeats, second_looks(budget) if repeats is None else repeats)
-        spend = budget - self.repeats - 1
+        spend = budget - self.repeats - 1 - self.bare
         counts = self.solver.schedule(spend) if spend > 0 else []
-        if len(counts) < 2 + sum(self.bare):
+        if len(counts) < 2:
             raise ValueError(
                 f"a budget of {budget} estimates, {self.repeats} of them second looks, leaves {len(counts)} steps; a "
                 "likelihood along a curve needs three nodes, and 16 evaluations or more to be of use"
             )
-        spent = counts[self.bare[0] : len(counts) - self.bare[1]]
-        fine = nodes(self.flow.path, self.data_end, self.noise_end, sum(spent) + 1)
+        fine = nodes(self.flow.path, self.data_end, self.noise_end, sum(counts) + 1)
         if spacing is not None:
-            fine = spacing.times(self.flow.path, fine[0], fine[-1], sum(spent))
+            fine = spacing.times(self.flow.path, fine[0], fine[-1], sum(counts))
         fine = fine[::-1] if self.samples else fine
-        times = [fine[i] for i in accumulate(spent, initial=0)]
+        times = [fine[i] for i in accumulate(counts, initial=0)]
         return times[::-1] if self.samples else times, counts
 
     def enter(self, chunk: Chunk) -> tuple[Tensor, Context]:
@@ -164,19 +182,24 @@ class Along:
         if not len(y):
             return self._solution(torch.cat((rows(y), rows(y), y.new_zeros(0, self.trace.count + 1)), 1), [], 0)
         nodes, price = set(self.rule.times), self.flow.cost if varies(self.flow) else _one
-        walk, spent, tip = self._walk(y), cast(Any, 0), None
+        spent, opening = cast(Any, 0), None
+        first: tuple[Estimate, Tensor] | None = None
+        if self.opening is not None:
+            opening, first = self._opened(self.opening, y, tree)
+            spent = price(self.start) if self.opening.seen else 0
+        walk = self._walk(y if first is None else first[0].x.reshape(y.shape))
         x, data, trace = [], [], []
         query, begins = next(walk)
         while True:
             t = query.t
             if begins and t in nodes:
-                estimate, found = self._ask(query.x, t, tree)
+                estimate, found = self._ask(query.x, t, tree) if first is None else first
+                first = None
                 x.append(rows(query.x))
                 data.append(rows(estimate.data))
                 trace.append(found)
             else:
                 estimate = self.flow.estimate(query.x, t, **tree["cond"])
-                tip = (rows(query.x), rows(estimate.noise)) if begins and t == self.data_end else tip
             spent = spent + price(t)
             try:
                 query, begins = walk.send(estimate)
@@ -187,15 +210,34 @@ class Along:
         if self.repeats:
             curve, extra = self._looked(curve, y.shape, tree)
             spent = spent + sum(price(t) for t in extra)
-        read = self._read(curve, y, tip)
+        closing = None
+        if self.closing is not None and self.closing.seen:
+            there = self.closing.left(curve, None) * self.closing.scale
+            closing = self._tip(self.closing, there.reshape(y.shape), tree)
+            spent = spent + price(self.end)
+        read = self._read(curve, y, opening, closing)
         seen = [largest(v.detach()) for v in curve.x.unbind(0)][order]
         return self._solution(read, seen, spent)
 
+    def _opened(self, stretch: Stretch, y: Tensor, tree: Any) -> tuple[Tip | None, tuple[Estimate, Tensor]]:
+        """What the end tells where the solve sets out, and the first node: its estimate and T."""
+        tip = self._tip(stretch, y, tree) if stretch.seen else None
+        t, set_out = self.stops[0], rows(y) / stretch.scale
+        ahead = set_out if tip is None else set_out + stretch.width * tip[0]
+        estimate, found = self._ask((ahead * stretch.near).reshape(y.shape), t, tree)
+        reached = stretch.entered(set_out, None if tip is None else tip[0], stretch.slope(estimate))
+        x = (reached * stretch.near).reshape(y.shape)
+        return tip, (self.flow.read(x, estimate.output, estimate.point), found)
+
+    def _tip(self, stretch: Stretch, x: Tensor, tree: Any) -> Tip:
+        """What the end of a stretch tells at a state there."""
+        point = self.flow.path.at(stretch.t)
+        estimate, trace = estimated(self.flow, self.trace, x, stretch.t, point, tree, self.graph)
+        return stretch.slope(estimate), stretch.divergence(estimate, trace, math.prod(x.shape[1:]))
+
     def _walk(self, y: Tensor) -> Generator[tuple[Query, bool], Estimate, None]:
-        """What the solver asks on its way, with whether a step begins there, and at its end."""
-        path, first = self.flow.path, self.stops[0]
-        y = y if first == self.start else y * float(path.alpha(first) / path.alpha(self.start))  # x/α is held
-        step, now = self.solver.on(path, None, self.intervals), State(y)
+        """What the solver asks on its way from the first node, with whether a step begins there, and at its end."""
+        step, now = self.solver.on(self.flow.path, None, self.intervals), State(y)
         for interval in self.intervals:
             now = yield from _told(step(now, *interval))
         yield Query(now.x, self.stops[-1]), True
@@ -216,64 +258,61 @@ class Along:
             looked.append(t)
         return again.where(again.strayed() < curve.strayed(), curve), looked
 
-    def _read(self, curve: Curve, y: Tensor, tip: tuple[Tensor, Tensor] | None) -> Tensor:
+    def _read(self, curve: Curve, y: Tensor, opening: Tip | None, closing: Tip | None) -> Tensor:
         """The ends of a curve, its density and the error of that, as the rows of `run`."""
-        latent, base = self._at_noise(curve, y)
+        at_noise = (self.opening, opening) if self.samples else (self.closing, closing)
+        at_data = (self.closing, closing) if self.samples else (self.opening, opening)
+        tip = at_data[1]
+        curve = curve if tip is None else replace(curve, residue=tip[0])
+        latent, base, loose = self._at_noise(curve, y, *at_noise)
         first, size = self.rule.points[0], curve.x.shape[2]
         change = curve.change()
         value = base + change - size * math.log(first.alpha)  # of y at the last node, of x at the first
-        sample, value = self._at_data(curve, y, value, tip)
-        error = torch.full_like(value[:, :1], math.nan)
-        if len(self.rule) > 4:
-            halves = [curve.thinned(kept).change() for kept in self.rule.halved()]
-            error = torch.stack([(change - half).mean(1, keepdim=True).abs() for half in halves]).amax(0)
-        return torch.cat((latent, sample, value, error), 1)
+        sample, value, slack = self._at_data(curve, y, value, *at_data)
+        error = curve.error(isinstance(self.solver, Multistep) and self.solver.corrector > 0)
+        return torch.cat((latent, sample, value, error + loose + slack), 1)
 
-    def _at_noise(self, curve: Curve, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The state at the noise end, (B, D), and log p of y = x/α at the last node, (B, P)."""
-        path, point, size = self.flow.path, self.rule.points[-1], curve.x.shape[2]
-        noise, trace, sigma = curve.noise(len(self.rule) - 1), curve.trace[-1], float(point.sigma)
-        lift = size * math.log(point.alpha)
-        end = self.noise_end
-        reached = self.rule.times[-1] == end
-        latent = curve.x[-1]
-        if not reached:  # α = 0 there: what is left of the way stretches ε̂
-            mean = trace.mean(1, keepdim=True)
-            latent = float(path.sigma(end)) * (noise * stretch(mean, size).sqrt() + 0.5 * self._lean(curve, mean))
-        latent_x = latent.reshape(y.shape)
+    def _at_noise(
+        self, curve: Curve, y: Tensor, stretch: Stretch | None, tip: Tip | None
+    ) -> tuple[Tensor, Tensor, Tensor | float]:
+        """The state at the noise end, (B, D), log p of y = x/α at the last node, (B, P), and the error on the way."""
+        point, size = self.rule.points[-1], curve.x.shape[2]
+        outer, gained, loose = None if tip is None else tip[0], cast(Any, 0.0), cast(Any, 0.0)
+        latent, lift = curve.x[-1], size * math.log(point.alpha)
+        if stretch is not None:
+            latent = stretch.scale * stretch.left(curve, outer)
+            gained, loose = stretch.gained(curve, None if tip is None else tip[1])
+            lift = size * math.log(stretch.scale * stretch.width)
         if callable(self.prior):
-            base = self.prior(latent_x).unsqueeze(1)
-            if not reached:
-                base = base - size * (0.5 * stretch(trace, size).log() + math.log(sigma / float(path.sigma(end))))
-        elif self.prior == MARGINAL or not reached:
+            base = self.prior(latent.reshape(y.shape)).unsqueeze(1)
+        elif self.prior == MARGINAL and stretch is None:
+            noise, trace = curve.noise(len(self.rule) - 1), curve.trace[-1]
             leans = [(noise * self._lean(curve, v)).sum(1) for v in trace.split(1, 1)]
-            base = marginal_log_prob(noise, trace, sigma, torch.stack(leans, 1))
+            base = marginal_log_prob(noise, trace, float(point.sigma), torch.stack(leans, 1))
         else:
-            assert self.prior == NORMAL
-            base = normal_log_prob(latent, path.prior_std).unsqueeze(1)
-        return (rows(y) if self.samples else latent), base + lift
+            base = normal_log_prob(latent, self.flow.path.prior_std).unsqueeze(1)
+        # A second look may have moved the curve off the sample's noise, on which its density is read.
+        return rows(y) if self.samples else latent, base + lift - gained, loose
 
     def _lean(self, curve: Curve, trace: Tensor) -> Tensor:
         """(C − v) ε̂/s² at the last node, (B, D), for one estimate of T, (B, 1); see `flowsolve.likelihood.prior`."""
         last = len(self.rule) - 1
         before, here = (math.exp(-v) for v in self.rule.log_snr[-2:])
         along = curve.noise(last - 1) / before - curve.noise(last) / here
-        v = here**2 * (stretch(trace, curve.x.shape[2]) - 1.0)
+        v = here**2 * (wide(trace, curve.x.shape[2]) - 1.0)
         return (curve.data[last - 1] - curve.data[last] - v * along) / (here * (here / before - 1.0))
 
     def _at_data(
-        self, curve: Curve, y: Tensor, value: Tensor, tip: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor]:
-        """The state at the data end, (B, D), and its log p, (B, P)."""
-        first, there = self.rule.points[0], self.flow.path.at(self.data_end)
-        if self.rule.times[0] == self.data_end:
-            return curve.x[0], value
-        if tip is None:
-            noise = curve.noise(0)
-            tip = (there.alpha * curve.data[0] if self.samples else rows(y)), torch.zeros_like(noise)
-        return tip[0], value + curve.beyond(tip[0] / there.alpha, tip[1]) + tip[0].shape[1] * math.log(
-            first.alpha / there.alpha
-        )
+        self, curve: Curve, y: Tensor, value: Tensor, stretch: Stretch | None, tip: Tip | None
+    ) -> tuple[Tensor, Tensor, Tensor | float]:
+        """The state at the data end, (B, D), its log p, (B, P), and the error on the way there."""
+        if stretch is None:
+            return curve.x[0], value, 0.0
+        outer, trace = (None, None) if tip is None else tip
+        sample = stretch.scale * stretch.left(curve, outer) if self.samples else rows(y)
+        gained, loose = stretch.gained(curve, trace)
+        lift = sample.shape[1] * math.log(stretch.near / stretch.scale)
+        return sample, value + gained + lift, loose
 
     def _solution(self, found: Tensor, magnitudes: list[Tensor], spent: Any) -> Solution:
         """The solution whose x are such rows, with the largest numbers at the nodes in the order of the solve."""

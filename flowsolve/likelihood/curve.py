@@ -15,8 +15,14 @@ $$ \log p(y_0) = \log p(y_n) + \int T\,d\ell
    + \int \frac{\hat\varepsilon}{s}\cdot\bigl(dy - s\hat\varepsilon\,d\ell\bigr), $$
 
 and the curve need not be a solution: how far a solver strays is the second integral. It removes the first-order effect
-of the solver's error on the density, at no cost, and what is left is of second order in that error. (The identity is
-exact for a network that is the true conditional expectation. For a trained one the score only weighs a correction.)
+of the solver's error on the density, at no cost, and what is left is of second order in that error.
+
+The identity is exact for a network that is the true conditional expectation. For any other field $-\hat\varepsilon/s$
+is not the gradient of the density, but it only weighs the second integral, which vanishes as the solver converges, and
+with it what the weight has wrong: the limit is the change-of-variables density of the field at hand. One part of the
+weight is known to be wrong: a density has a finite score where σ = 0, so that what is left of ε̂ there (`residue`) is no
+part of one, while $1/s$ makes it the largest weight of all. It is taken off: $\hat\varepsilon - \hat\varepsilon_0\,
+\alpha/(\alpha+\sigma)$.
 
 **Quadrature.** Let the evaluations be at nodes $\lambda_0 > \dots > \lambda_n$. T goes smoothly from 0 (data) to D
 (noise), flat at both ends, where every rule that treats interior nodes alike is accurate far beyond its order: the
@@ -35,14 +41,16 @@ each sample. The `repeats` consecutive nodes where $\sum\|\delta_k\|/\sigma_{k+1
 sample by sample, each at the state of the centred step from the node before: now the evaluations beyond are known, if
 roughly. A sample keeps the new curve if that lowers $\sum(\|\delta_k\|/\sigma_{k+1})^2$, and else the smoother old one.
 
-**Ends.** Where the data end has σ = 0 the first node is at the end of the window of λ. Beyond it T falls like $s^p$,
-with p = 2 for a smooth density and p = 1 for most trained networks, whose ε̂ does not quite vanish; p is read off the
-first two nodes, and $\int T d\ell = T_0/p$. The state there is evaluated once, and the way between is a step as any
-other, with ε̂ linear in s. Where the noise end has α = 0 the last node is at the other end of the window, and there the
-density is `marginal` (`flowsolve.likelihood.prior`).
+**Ends.** Where σ = 0 or α = 0 the outermost node is at the end of a window of λ, and the rest of the way is that of
+`flowsolve.likelihood.ends`, evaluated at the end itself: nothing is assumed of the density there.
 
-**The error** is estimated by the same formula on every second node, the even ones and the odd ones: the larger of the
-two differences is about the error of half the budget.
+**The error.** Two things can be wrong. The quadrature: the same formula is read on every second node, the even ones and
+the odd ones, and what that changes, small and large, is about the error of half the budget, 2 to 16 times that of the
+whole. And the weight: of the sum of |corrections| a share may be untrue, a third where the solver does not correct its
+steps (its own error is then what the corrections remove), little where it does. The four numbers are the smallest of a
+small table that cover 90 % of the samples within twice the error and 97 % within four times it on mixtures, perturbed
+mixtures, random networks, networks trained on moons (5 % and all of their steps) and digits, at 12 to 192 evaluations.
+Less than 10⁻⁶ bits per dimension is never claimed.
 
 Sources: the instantaneous change of variables is Chen et al. 2018; that a dual-weighted residual corrects a functional
 of an approximate solution is Becker & Rannacher 2001. The line integral is the
@@ -69,9 +77,11 @@ from flowsolve.solvers.exponential import FORMS, update
 __all__ = ["WINDOW", "Curve", "Rule", "nodes"]
 
 CENTER, WIDTH = 1.75, 5.0
-WINDOW = (-math.log(80.0), -math.log(0.002))
+WINDOW = (-math.log(80.0), -math.log(0.004))
 STENCIL = 4
-TINY = 1e-30
+HALVES = (1 / 4, 1 / 8)
+SCORE, SCORE_CORRECTED = 1 / 3, 1 / 16
+FLOOR = 1e-6 * math.log(2.0)
 Vector = NDArray[np.float64]
 
 
@@ -162,17 +172,24 @@ class Curve:
         x: states, (n, B, D).
         data: ẑ, (n, B, D).
         trace: T, (n, B, P), a column an estimate.
+        residue: ε̂ at σ = 0, (B, D), where it was looked at.
     """
 
     rule: Rule
     x: Tensor
     data: Tensor
     trace: Tensor
+    residue: Tensor | None = None
 
     def noise(self, k: int) -> Tensor:
         """ε̂ at a node, (B, D)."""
         point = self.rule.points[k]
         return (self.x[k] - float(point.alpha) * self.data[k]) / float(point.sigma)
+
+    def pull(self, k: int) -> Tensor:
+        """σ times the score's negative at a node, (B, D): ε̂ less what is no part of a score."""
+        noise = self.noise(k)
+        return noise if self.residue is None else noise - self.residue / (1.0 + math.exp(-self.rule.log_snr[k]))
 
     def centred(self, k: int) -> Tensor:
         """The state at node k + 1 by the centred step from node k, (B, D)."""
@@ -199,32 +216,36 @@ class Curve:
 
     def change(self) -> Tensor:
         """log p(y) at the first node less that at the last, (B, P): the two integrals."""
-        rule = self.rule
-        weights = send(torch.from_numpy(rule.weights), self.trace, self.trace.dtype)
-        total: Tensor = torch.tensordot(weights, self.trace, dims=1)
-        before = self.noise(0)
-        for k in range(len(rule) - 1):
-            after = self.noise(k + 1)
-            step = self.x[k + 1] - self.centred(k)
-            total = total + ((before + after) * step).sum(1, keepdim=True) * (0.5 / rule.sigma[k + 1])
-            before = after
-        return total
+        weights = send(torch.from_numpy(self.rule.weights), self.trace, self.trace.dtype)
+        total: Tensor = (weights[:, None, None] * self.trace).sum(0)  # no matrix product: autocast would round it
+        return total + self.corrections.sum(0)
 
-    def beyond(self, y: Tensor, noise: Tensor) -> Tensor:
-        """log p(y) at σ = 0 less that at the first node, (B, P), with the state y = x/α and ε̂ at σ = 0."""
-        s = [math.exp(-v) for v in self.rule.log_snr[:2]]
-        here, there = (t.detach().mean(1, keepdim=True) for t in self.trace[:2])
-        power = (there.clamp_min(TINY) / here.clamp_min(TINY)).log() / math.log(s[1] / s[0])
-        power = torch.where((here > 0.0) & (there > 0.0), power, 2.0).clamp(1.0, 2.0)
-        known = self.noise(0)
-        step = self.x[0] / float(self.rule.points[0].alpha) - y - (0.5 * s[0]) * (noise + known)
-        found: Tensor = self.trace[0] / power + (known * step).sum(1, keepdim=True) / s[0]
-        return found
+    @cached_property
+    def corrections(self) -> Tensor:
+        """The second integral's share of each step, (n − 1, B, 1)."""
+        before, found = self.pull(0), []
+        for k in range(len(self.rule) - 1):
+            after = self.pull(k + 1)
+            step = self.x[k + 1] - self.centred(k)
+            found.append(((before + after) * step).sum(1, keepdim=True) * (0.5 / self.rule.sigma[k + 1]))
+            before = after
+        return torch.stack(found)
+
+    def error(self, corrected: bool) -> Tensor:
+        """An estimate of the error of `change`, (B, 1); NaN with too few nodes to leave some out."""
+        if len(self.rule) <= STENCIL:
+            return torch.full_like(self.trace[0, :, :1], math.nan)
+        change = self.change()
+        halves = [(change - self.thinned(kept).change()).mean(1, keepdim=True).abs() for kept in self.rule.halved()]
+        small, large = torch.minimum(*halves), torch.maximum(*halves)
+        trust = SCORE_CORRECTED if corrected else SCORE
+        floor = FLOOR * self.x.shape[2]
+        return HALVES[0] * small + HALVES[1] * large + trust * self.corrections.abs().sum(0) + floor
 
     def thinned(self, kept: list[int]) -> Curve:
         """The curve through some of the nodes."""
         rule = Rule(self.rule.path, [self.rule.times[k] for k in kept])
-        return Curve(rule, self.x[kept], self.data[kept], self.trace[kept])
+        return Curve(rule, self.x[kept], self.data[kept], self.trace[kept], self.residue)
 
     def worst(self, count: int) -> NDArray[np.int64]:
         """For each sample the first of the `count` consecutive nodes that the solver missed most, (B,)."""

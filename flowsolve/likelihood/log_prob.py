@@ -22,7 +22,7 @@ from flowsolve.flow import Flow
 from flowsolve.integrate import passed
 from flowsolve.likelihood import prior as priors
 from flowsolve.likelihood import trace as traces
-from flowsolve.likelihood.along import Along
+from flowsolve.likelihood.along import Along, automatic
 from flowsolve.likelihood.joint import Joint
 from flowsolve.likelihood.prior import Prior
 from flowsolve.likelihood.result import LogProb
@@ -30,12 +30,9 @@ from flowsolve.likelihood.trace import Trace
 from flowsolve.noise import START, Noise
 from flowsolve.solvers.base import EstimateSolver, SlopeSolver, Solver
 from flowsolve.solvers.exponential import refuse_chart
-from flowsolve.solvers.multistep import Multistep
 from flowsolve.streaming import Chunk
 
 __all__ = ["LogProb", "falling", "log_prob", "reading", "sample_log_prob"]
-
-AUTO = Multistep(3)
 
 
 def log_prob(
@@ -226,7 +223,7 @@ def reading(
         raise RuntimeError("log_prob differentiates the network, which inference_mode forbids; use no_grad instead")
     for caveat in flow.caveats:
         warnings.warn(caveat, UserWarning, stacklevel=3)
-    method: Any = AUTO if isinstance(solver, str) and solver == "auto" else solver
+    method: Any = automatic(nfe) if isinstance(solver, str) and solver == "auto" else solver
     check_solver(method)
     estimator = traces.resolve(trace, probes)
     known = priors.resolve(prior, min(interval))
