@@ -50,8 +50,8 @@ def automatic(nfe: int | None) -> Multistep:
 
 
 def second_looks(budget: int) -> int:
-    """How many of a budget's evaluations are second looks: up to 4, and none where nodes are few."""
-    return min(4, max(0, budget - 8) // 3)
+    """How many of a budget's evaluations are second looks: up to 3, and none where nodes are few."""
+    return min(3, max(0, budget - 8) // 3)
 
 
 class Along:

@@ -77,7 +77,7 @@ from flowsolve.solvers.exponential import FORMS, update
 __all__ = ["WINDOW", "Curve", "Rule", "nodes"]
 
 CENTER, WIDTH = 1.75, 5.0
-WINDOW = (-math.log(80.0), -math.log(0.004))
+WINDOW, RESOLVED = (-math.log(80.0), -math.log(0.002)), 48
 STENCIL = 4
 HALVES = (1 / 4, 1 / 8)
 SCORE, SCORE_CORRECTED = 1 / 3, 1 / 16
@@ -89,8 +89,11 @@ def nodes(path: Path, start: float, end: float, count: int, window: tuple[float,
     """Flow times of `count` evaluations between data (start) and noise (end), the nodes of a curve.
 
     Equal steps of arctan((λ − 1.75)/5), ends included: somewhat denser where noise is as large as data. An end where λ
-    is infinite is replaced by that of the window.
+    is infinite is replaced by that of the window, which beyond 48 nodes widens as they multiply: what lies outside it has
+    so many times less width, whatever a network does there.
     """
+    wider = math.log(max(1.0, count / RESOLVED))
+    window = window[0] - wider, window[1] + wider
     here, there = path.at(start), path.at(end)
     high = window[1] if here.sigma == 0.0 else float(here.log_snr)
     low = window[0] if there.alpha == 0.0 else float(there.log_snr)

@@ -77,7 +77,7 @@ def log_prob(
         interval: flow times (from data, to noise), by default from the data end of the network's window to 0.
         prior: the density of the state at interval[1]: "normal" (the default) N(0, prior_std²), "marginal"
             (`flowsolve.likelihood.prior`), or a function (B, *S) → (B,).
-        repeats: along a curve: how many of nfe are second looks; by default up to 4.
+        repeats: along a curve: how many of nfe are second looks; by default up to 3.
         tolerance: with an adaptive solver: the absolute tolerance of log p in nats, instead of its atol.
         cond: passed to the network; tensors whose first dimension is B are taken per sample.
         batch: the most samples the network sees at a time, by default all; see `flowsolve.sample`.

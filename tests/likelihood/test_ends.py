@@ -37,12 +37,12 @@ class Random(nn.Module):
 
 @pytest.mark.parametrize("k", [-1.0, 0.0, 1.0, 2.0])
 def test_affine_fields(k):
-    """u = k x: x0 = x e^{−k}, log p = log N(x0) − D k, to 1e-5 bits/dim from 192 evaluations; order 4 on the way."""
+    """u = k x: x0 = x e^{−k}, log p = log N(x0) − D k, to 1e-5 bits/dim from 192 evaluations, and closer with each."""
     flow, x = fs.Flow(lambda x, t: k * x, CONDOT), points()
     truth = normal(x * math.exp(-k)) - SIZE * k
     off = {n: bits(fs.log_prob(flow, x, nfe=n, trace="exact").log_prob - truth, x).abs().max() for n in (96, 192)}
     assert off[192] < 1e-5
-    assert off[192] < 0.1 * off[96] or off[96] < 1e-7
+    assert off[192] < off[96] / 3
     backwards = fs.sample_log_prob(flow, start=x * math.exp(-k), nfe=192, trace="exact")
     assert (backwards.x - x).abs().max() < 1e-4
     there = normal(backwards.x * math.exp(-k)) - SIZE * k
