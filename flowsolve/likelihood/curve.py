@@ -89,11 +89,11 @@ def nodes(path: Path, start: float, end: float, count: int, window: tuple[float,
     """Flow times of `count` evaluations between data (start) and noise (end), the nodes of a curve.
 
     Equal steps of arctan((λ − 1.75)/5), ends included: somewhat denser where noise is as large as data. An end where λ
-    is infinite is replaced by that of the window, which beyond 48 nodes widens as they multiply: what lies outside it has
-    so many times less width, whatever a network does there.
+    is infinite is replaced by that of the window, which beyond 48 nodes widens as they multiply: what lies outside it
+    has so many times less width, whatever a network does there. Fewer nodes leave up to twice as much at the data end.
     """
-    wider = math.log(max(1.0, count / RESOLVED))
-    window = window[0] - wider, window[1] + wider
+    wider = math.log(count / RESOLVED)
+    window = window[0] - max(0.0, wider), window[1] + max(-math.log(2.0), wider)
     here, there = path.at(start), path.at(end)
     high = window[1] if here.sigma == 0.0 else float(here.log_snr)
     low = window[0] if there.alpha == 0.0 else float(there.log_snr)

@@ -153,10 +153,12 @@ def test_the_quadrature_is_that_of_cubics():
 
 
 def test_nodes_cover_the_window_where_the_path_has_no_end():
-    times = nodes(CONDOT, 1.0, 0.0, 33)
+    times = nodes(CONDOT, 1.0, 0.0, 48)
     found = [float(CONDOT.at(t).log_snr) for t in times]
     assert (found[0], found[-1]) == pytest.approx(WINDOW[::-1])
     assert all(a > b for a, b in pairwise(found))
+    many = [float(CONDOT.at(t).log_snr) for t in nodes(CONDOT, 1.0, 0.0, 480)]  # a tenth of the stretches beyond
+    assert (many[0], many[-1]) == pytest.approx((WINDOW[1] + math.log(10.0), WINDOW[0] - math.log(10.0)))
     inner = nodes(CONDOT, 0.8, 0.2, 9)
     assert (inner[0], inner[-1], len(inner)) == (0.8, 0.2, 9)
     with pytest.raises(ValueError, match=r"the log-SNR runs from .* expected it to fall"):
