@@ -11,8 +11,8 @@ mean of the distance.
 **The split**: the four numbers of `Curve.error` were chosen on fields of the kinds of `FIT` and are judged on those of
 `JUDGE`. (One of them was doubled, and the floor of 10⁻⁶ bits/dim put in, after random networks of another seed, among
 them a noise prediction on the table, had shown claims too small near that floor.) A mixture's network is the exact
-conditional expectation; a perturbed one has a random network added to it; a random one is nothing but weights; moons are
-trained for as many steps as the name says (40 of 800 are 5 %).
+conditional expectation; a perturbed one has a random network added to it; a random one is nothing but weights; moons
+are trained for as many steps as the name says (40 of 800 are 5 %).
 """
 
 from __future__ import annotations

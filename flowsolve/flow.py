@@ -185,6 +185,11 @@ class Flow:
                 f"the network returned a {type(output).__name__}; expected a tensor. Wrap it, for example "
                 "Flow(lambda x, t: net(x, t).sample, ...)"
             )
+        if output.is_complex():
+            raise TypeError(
+                f"the network returned {output.dtype} for x of {x.dtype}; expected a real tensor of its shape, since "
+                "the imaginary part would be lost"
+            )
         if output.shape != x.shape:
             hint = ""
             if output.ndim == x.ndim > 1 and output.shape[1] == 2 * x.shape[1]:

@@ -6,6 +6,7 @@ Times of output (`t_eval`) do not disturb the steps: the state there comes from 
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -89,7 +90,8 @@ def solve(
         raise TypeError(f"{solver!r} works on flows only; a plain ODE needs a Runge–Kutta solver such as Dopri5()")
     check_gradient(gradient, solver)
     nfe = whole(nfe)
-    start, stops = _number(t0), _stops(_number(t0), _number(t1), t_eval)
+    start = _number(t0, "t0")
+    stops = _stops(start, _number(t1, "t1"), t_eval)
     layout = _Layout(y0, batched)
     y = layout.pack(y0)
     _check_resolution(start, stops[-1], y.dtype)
@@ -356,6 +358,8 @@ class _Layout:
             raise ValueError(
                 f"f(t, y) returned a tree with {found}; expected that of y0, with {[tuple(s) for s in expected]}"
             )
+        for leaf in leaves:
+            _real(leaf, x)
         return torch.cat([self._row(v.to(x.dtype)) for v in leaves], 1)
 
     def checked(self, slope: Any, given: Tensor) -> Tensor:
@@ -363,6 +367,7 @@ class _Layout:
         if not isinstance(slope, Tensor) or slope.shape != given.shape:
             got = tuple(slope.shape) if isinstance(slope, Tensor) else type(slope).__name__
             raise ValueError(f"f(t, y) returned {got} for y of shape {tuple(given.shape)}; expected the same shape")
+        _real(slope, given)
         found: Tensor = slope.unsqueeze(0) if self.single else slope
         return found if found.dtype is given.dtype else found.to(given.dtype)
 
@@ -370,14 +375,26 @@ class _Layout:
         return leaf.reshape(1, -1) if self.single else leaf.reshape(len(leaf), -1)
 
 
-def _number(t: float | Tensor) -> float:
-    return float(t.detach() if isinstance(t, Tensor) else t)
+def _real(slope: Tensor, y: Tensor) -> None:
+    """Raise TypeError for a complex slope of a real state."""
+    if slope.is_complex() and not y.is_complex():
+        raise TypeError(
+            f"f(t, y) returned {slope.dtype} for y of {y.dtype}; expected real numbers, since the imaginary "
+            "part would be lost"
+        )
+
+
+def _number(t: float | Tensor, name: str) -> float:
+    found = float(t.detach() if isinstance(t, Tensor) else t)
+    if not math.isfinite(found):
+        raise ValueError(f"{name} = {found}; expected a finite time")
+    return found
 
 
 def _stops(t0: float, t1: float, t_eval: Sequence[float] | Tensor | None) -> list[float]:
     if t_eval is None:
         return [t1]
-    stops = [_number(t) for t in t_eval]
+    stops = [_number(t, f"t_eval[{i}]") for i, t in enumerate(t_eval)]
     sign = 1.0 if t1 >= t0 else -1.0
     line = [sign * t for t in (t0, *stops, t1)]
     if not stops or any(b < a for a, b in pairwise(line)) or len(set(stops)) < len(stops):

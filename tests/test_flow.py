@@ -255,6 +255,11 @@ def test_an_output_that_is_no_tensor_is_refused_with_the_wrapper_to_write(output
         Flow(lambda x, t: output, CondOT()).estimate(state(2, 3), 0.5)
 
 
+def test_a_complex_output_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"returned torch.complex64 for x of torch.float32; expected a real tensor"):
+        Flow(lambda x, t: 1j * x, CondOT()).estimate(state(2, 3).float(), 0.5)
+
+
 def test_a_diffusers_output_is_refused_with_the_wrapper_to_write() -> None:
     output = pytest.importorskip("diffusers.utils").BaseOutput(sample=torch.zeros(2, 3))
     with pytest.raises(TypeError, match=r"net\(x, t\)\.sample"):

@@ -138,3 +138,31 @@ def test_output_times_within_a_fixed_grid_cost_nothing_but_what_is_said() -> Non
         assert sol.nfe.tolist() == [n + extra] * 2  # 0, 0.5 and 1 are nodes
         torch.testing.assert_close(sol.x[:, 0, 0], torch.exp(-of(0.0, 0.31, 0.5, 0.77, 1.0)), rtol=2e-3, atol=2e-3)
         assert sol.x[0].tolist() == y0.tolist()
+
+
+@pytest.mark.parametrize("solver", [fs.solvers.Dopri5(), fs.solvers.RK4()])
+def test_a_complex_slope_of_a_real_state_is_refused(solver: Any) -> None:
+    """Its imaginary part would be dropped: y' = iy from 1 would end in 1, not in e^i."""
+    nfe = None if solver == fs.solvers.Dopri5() else 20
+    y0 = torch.ones(2, 1, dtype=torch.float64)
+    with pytest.raises(TypeError, match=r"returned torch.complex128 for y of torch.float64; expected real numbers"):
+        fs.solve(lambda t, y: 1j * y, y0, 0.0, 1.0, solver=solver, nfe=nfe)
+    with pytest.raises(TypeError, match=r"returned torch.complex128"):
+        fs.solve(lambda t, y: {"a": 1j * y["a"]}, {"a": y0}, 0.0, 1.0, solver=solver, nfe=nfe)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_times_that_are_not_finite_are_refused_by_name(bad: float) -> None:
+    """Before the field is asked."""
+    y0 = torch.ones(2, 1)
+
+    def f(t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        raise AssertionError
+
+    for times, words in (
+        ((bad, 1.0, None), "t0 = "),
+        ((0.0, bad, None), "t1 = "),
+        ((0.0, 1.0, [0.5, bad]), r"t_eval\[1\] = "),
+    ):
+        with pytest.raises(ValueError, match=words + r".*; expected a finite time"):
+            fs.solve(f, y0, times[0], times[1], t_eval=times[2], solver=fs.solvers.Dopri5())
