@@ -191,10 +191,10 @@ def completed(scheduler: Any) -> dict[str, Any]:
     if not hasattr(library.schedulers, name):
         raise ValueError(f"diffusers {library.__version__} has no {name}; install a newer one")
     # an option that the installed version does not know yet still says what the network was trained on
-    return {**_defaults(library, name), **told, "_class_name": name}
+    return {**defaults(library, name), **told, "_class_name": name}
 
 
-def _defaults(library: Any, name: str) -> dict[str, Any]:
+def defaults(library: Any, name: str) -> dict[str, Any]:
     """The options of a scheduler's class, as they are by default."""
     options = inspect.signature(getattr(library.schedulers, name).__init__).parameters.values()
     return {p.name: p.default for p in options if p.name != "self" and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
@@ -209,7 +209,7 @@ def _by_options(library: Any, config: Mapping[str, Any]) -> str | None:
     if "_class_name" in config or not keys:
         return None
     known = [n for n in (*SUPPORTED, *DISTILLED) if hasattr(library.schedulers, n)]
-    found = [n for n in known if _defaults(library, n).keys() == keys]
+    found = [n for n in known if defaults(library, n).keys() == keys]
     return found[0] if found and not set(found) & set(DISTILLED) else None
 
 

@@ -16,7 +16,7 @@ The times of the queries depend on the grid alone, so they are found by running 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -24,7 +24,8 @@ import torch
 
 from flowsolve import charts, grids
 from flowsolve.adapters.diffusers import nodes
-from flowsolve.adapters.diffusers.reading import Reading
+from flowsolve.adapters.diffusers.peers import as_peer, in_sigma, lowered
+from flowsolve.adapters.diffusers.reading import Reading, start_std
 from flowsolve.charts import Chart
 from flowsolve.grids import At, Closing, Final, Grid, Shifted, Timesteps
 from flowsolve.noise import Noise
@@ -34,7 +35,10 @@ from flowsolve.planning import span, within
 from flowsolve.solvers import auto
 from flowsolve.solvers.base import Query, Solver, State, Stepper, run
 
-__all__ = ["Plan", "lay"]
+__all__ = ["OWN", "Plan", "lay"]
+
+OWN = "own"
+"""In the place of a solver: the nodes of the class that wrote the configuration."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class Plan:
         points: the path there.
         begins: the number of the first evaluation of each step, and of the closing one.
         steps: N, as pipelines count them.
+        start: the standard deviation of the state that a pipeline starts from.
     """
 
     reading: Reading
@@ -62,6 +67,7 @@ class Plan:
     points: tuple[Point, ...]
     begins: tuple[int, ...]
     steps: int
+    start: float = 1.0
 
     @property
     def nodes(self) -> list[float]:
@@ -85,6 +91,8 @@ def lay(
     timesteps: Sequence[float] | None = None,
     sigmas: Sequence[float] | None = None,
     mu: float | None = None,
+    by_name: bool = False,
+    like: Any = None,
 ) -> Plan:
     """The plan of N steps, or of explicit time steps or noise levels.
 
@@ -96,6 +104,8 @@ def lay(
         final: a final policy; None for the configuration's own end.
         steps, timesteps, sigmas: one of the three.
         mu: of a dynamic shift.
+        by_name: whether the solver was given by name: it is then as its class in diffusers has it (`peers`).
+        like: another solver, whose nodes are taken; or `OWN`, those of the configuration's own class.
 
     Raises:
         ValueError: nodes that are not a grid, or where no estimate exists.
@@ -108,13 +118,16 @@ def lay(
     method, chosen = auto.resolve(solver, grid, path, steps)
     ruler = None if chart is None else charts.resolve(chart)
     spacing = None if chosen is None else grids.resolve(chosen)
+    if spacing is None and by_name:
+        method = lowered(method, reading.config, steps)
+    laid = reading if like is OWN else as_peer(reading, like or method, by_name)
     closes = method.evaluations > 1  # whether the last step is left to a closing evaluation, where it may be
     if timesteps is not None:
-        begins, end = nodes.from_timesteps(reading, timesteps)
+        begins, end = nodes.from_timesteps(laid, timesteps)
     elif sigmas is not None and (spacing is None or not even(sigmas)):
-        begins, end = nodes.from_sigmas(reading, sigmas, mu)
+        begins, end = nodes.from_sigmas(laid, sigmas, mu)
     elif spacing is None:
-        begins, end = nodes.own(reading, steps, mu)
+        begins, end = nodes.own(laid, steps, mu)
     else:
         begins, end, outside = _spaced(reading, method, spacing, final, steps, mu)
         closes = closes or outside
@@ -128,7 +141,10 @@ def lay(
         closing = to_the_end(path, end)
     elif policy.policy == "path" or path.at(end).sigma > 0.0:
         begins = [*begins, end]
-    return _checked(reading, method, ruler, begins, closing, steps)
+    if ruler is None and by_name and spacing is None and in_sigma(method, laid) and path.at(begins[0]).alpha > 0.0:
+        ruler = charts.resolve("noise")
+    plan = _checked(reading, method, ruler, begins, closing, steps)
+    return replace(plan, start=start_std(laid if spacing is None else reading, plan.times[0]))
 
 
 def even(sigmas: Sequence[float]) -> bool:

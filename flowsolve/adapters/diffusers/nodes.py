@@ -1,7 +1,7 @@
 r"""The noise levels that a scheduler's configuration asks for: where N steps begin, and where the last of them ends.
 
-This is what diffusers' own scheduler of that configuration visits, so that a change of the solver is a change of the
-solver alone. Tables list entries k (see `flowsolve.grids.Timesteps` for the spacings): those of DDIM, DDPM and Euler's
+This is what diffusers' own scheduler of the solver visits on that configuration (`flowsolve.adapters.diffusers.peers`).
+Tables list entries k (see `flowsolve.grids.Timesteps` for the spacings): those of DDIM, DDPM and Euler's
 kin N of them, those of the DPM-Solvers' kin the first N of N + 1. Flow matching lists noise fractions
 $\sigma_i$, evenly from 1 to $1/T$, and shifts them,
 
@@ -24,6 +24,7 @@ from fractions import Fraction
 from typing import Any
 
 from flowsolve.adapters.diffusers.convention import EULERS, FLOW_SCHEDULERS
+from flowsolve.adapters.diffusers.peers import TO_THE_LOWEST
 from flowsolve.adapters.diffusers.reading import Reading
 from flowsolve.adapters.diffusers.tables import alphas_cumprod
 from flowsolve.grids.quantile import beta_quantile
@@ -40,7 +41,6 @@ ONE_MORE = (
     "UniPCMultistepScheduler",
 )
 """Schedulers that lay out N + 1 entries for N steps."""
-TO_THE_LOWEST = ("DEISMultistepScheduler", "SASolverScheduler")
 
 
 def shift_of(config: Mapping[str, Any], mu: float | None) -> float:

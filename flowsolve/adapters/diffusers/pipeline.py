@@ -42,9 +42,11 @@ import torch
 from torch import Tensor, nn
 
 from flowsolve._batch import state_dtype
+from flowsolve.adapters.diffusers.layout import OWN
 from flowsolve.adapters.diffusers.scheduler import Scheduler, StepOutput
 from flowsolve.adapters.networks import first_half
 from flowsolve.flow import Flow
+from flowsolve.solvers import Auto
 
 __all__ = ["Captured", "capture"]
 
@@ -341,7 +343,9 @@ class _Lead(Scheduler):
 
 def _led(pipe: Any, loop: _Loop) -> Any:
     """A shallow copy of a pipeline, silent and led by a loop."""
-    lead = _Lead(pipe.scheduler, solver="ddim")
+    lead, own = _Lead(pipe.scheduler, solver="ddim"), pipe.scheduler
+    ours = isinstance(own, Scheduler) and not isinstance(own.solver, Auto)
+    lead._like, lead._by_name = (own.solver, own._by_name) if ours else (OWN, False)
     lead.loop = loop
     led = copy.copy(pipe)
     led.scheduler = lead

@@ -39,6 +39,7 @@ from flowsolve._batch import linear
 from flowsolve._optional import require
 from flowsolve.adapters.diffusers.convention import completed
 from flowsolve.adapters.diffusers.layout import Plan, lay
+from flowsolve.adapters.diffusers.peers import as_configured, unstated
 from flowsolve.adapters.diffusers.pull import Run
 from flowsolve.adapters.diffusers.reading import OURS, Reading, read, start_std
 from flowsolve.adapters.diffusers.seeds import seeds
@@ -91,7 +92,8 @@ class Scheduler(SchedulerMixin, ConfigMixin):
     Args:
         config: the pipeline's scheduler or its configuration, `pipe.scheduler.config`, or those of another `Scheduler`.
         solver: a solver of `flowsolve.solvers` on a fixed grid, its name in lower case ("unipc", "dpmsolver++", "heun",
-            …), or "auto".
+            …), or "auto". By name, multistep solvers have the configuration's order (`solver_order`, by default 2) and
+            `lower_order_final`.
         grid: a spacing of `flowsolve.grids` or its name, explicit flow times (one more than steps), or `grids.At`. By
             default the configuration's own noise levels; with "auto" the grid of its choice.
         chart: for Runge–Kutta solvers, as in `flowsolve.sample`.
@@ -109,6 +111,8 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         >>> scheduler.order, scheduler.nfe, scheduler.timesteps.tolist()
         (2, 5, [999.0, 666.0, 666.0, 332.0, 332.0])
     """
+
+    _like: Any = None  # another solver, whose nodes are taken
 
     config_name = "scheduler_config.json"
     has_compatibles = False
@@ -135,17 +139,23 @@ class Scheduler(SchedulerMixin, ConfigMixin):
                 f"{strange[0]!r} is no option of Scheduler ({', '.join(OPTIONS)}) or of {name}; drop it, or see "
                 "pipe.scheduler.config"
             )
+        if solver is None and isinstance(before := (known.get(OURS) or {}).get("solver"), str):
+            solver = before
         given = {"solver": solver, "grid": grid, "chart": chart, "final": final, "seed": seed}
         self._options: dict[str, Any]
         self._options, ours = merged(given, live, known.get(OURS) or {})
-        method = self._options["solver"] = named(self._options["solver"])
+        self._by_name = isinstance(self._options["solver"], str)
+        method = as_configured(named(self._options["solver"]), self._options["solver"], {**known, **changes})
+        self._options["solver"] = method
         if getattr(method, "chooses_steps", False):
             raise TypeError(
                 f"{method!r} chooses its own steps and needs the loop; use flowsolve.adapters.diffusers.capture(pipe, "
                 "…), or a solver on a fixed grid (adaptive=False, if it has that)"
             )
         kept = {k: v for k, v in {**known, **changes}.items() if not k.startswith("_") and k != OURS}
-        self.register_to_config(**kept, **{OURS: {"scheduler": name, **ours}})
+        left = [k for k in unstated(config, name) if k not in changes]
+        asked = [*dict.fromkeys([*(known.get(OURS) or {}).get("asked", ()), *changes])]
+        self.register_to_config(**kept, **{OURS: {"scheduler": name, "unstated": left, "asked": asked, **ours}})
         self._reading: tuple[Any, Reading] | None = None
         self._shared: _Table | None = None
         self._own = _Own()
@@ -210,7 +220,7 @@ class Scheduler(SchedulerMixin, ConfigMixin):
     def init_noise_sigma(self) -> float:
         """The standard deviation of the state that a pipeline starts from."""
         table = self._own.table or self._shared
-        return start_std(self.reading, 0.0 if table is None else table.plan.times[0])
+        return start_std(self.reading, 0.0) if table is None else table.plan.start
 
     @property
     def timesteps(self) -> Tensor:
@@ -285,7 +295,7 @@ class Scheduler(SchedulerMixin, ConfigMixin):
             )
         o = self._options
         plan = lay(
-            self.reading, o["solver"], o["grid"], o["chart"], o["final"], mu=mu,
+            self.reading, o["solver"], o["grid"], o["chart"], o["final"], mu=mu, by_name=self._by_name, like=self._like,
             steps=None if given else num_inference_steps,
             timesteps=listed if timesteps is not None else None, sigmas=listed if sigmas is not None else None,
         )  # fmt: skip
