@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from flowsolve._batch import MARK, send, state_dtype
+from flowsolve._guard import Guard
 from flowsolve.checks import CheckReport, check
 from flowsolve.paths import Path, Point
 from flowsolve.predictions import Estimate, Prediction, SingularEstimate, resolve
@@ -75,6 +76,7 @@ class Flow:
         if not isinstance(path, Path):
             raise TypeError(f"path is {path!r}; expected a flowsolve.paths object such as CondOT() or VP()")
         self.net = net
+        self._guard = Guard(net, "the network")
         self.path = path
         self.prediction = resolve(prediction)
         if isinstance(time, str):
@@ -179,7 +181,9 @@ class Flow:
             raise TypeError(f"x has dtype {x.dtype}; expected floating-point numbers (scaled, dequantised data)")
         fed = x.to(self.dtype or x.dtype)
         cond.pop(MARK, None)
-        output = self.net(fed, network_time((clock or self.clock)(t), fed), **cond)
+        if self._guard.f is not self.net:
+            self._guard = Guard(self.net, "the network")
+        output = self._guard(fed, network_time((clock or self.clock)(t), fed), cond)
         if not isinstance(output, Tensor):
             raise TypeError(
                 f"the network returned a {type(output).__name__}; expected a tensor. Wrap it, for example "

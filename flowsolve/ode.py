@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from flowsolve import grids
 from flowsolve._arguments import check_gradient, check_solver, state
 from flowsolve._batch import Context, send, state_dtype
+from flowsolve._guard import Guard
 from flowsolve.drivers import Ask, march
 from flowsolve.gradients import Backsolve, parameters_of
 from flowsolve.planning import share, whole
@@ -94,6 +95,7 @@ def solve(
     stops = _stops(start, _number(t1, "t1"), t_eval)
     layout = _Layout(y0, batched)
     y = layout.pack(y0)
+    field = f if layout.tree else Guard(f, "f")
     _check_resolution(start, stops[-1], y.dtype)
 
     clock: dict[Any, Tensor] = {}
@@ -116,8 +118,8 @@ def solve(
                 else torch.full((), t, dtype=dtype, device=device)
             )
         if plain:
-            return layout.checked(f(time, x), x)
-        return layout.slope(f, time, x)
+            return layout.checked(field(time, x), x)
+        return layout.slope(field, time, x)
 
     answer: Ask = ask
     intervals = None
@@ -135,7 +137,7 @@ def solve(
             def answer(query: Query, context: Any) -> Tensor:
                 """What `ask` answers, at less cost where all is as usual."""
                 if plain and query.nodes is None and (time := known(query.time)) is not None:
-                    slope: Tensor = f(time, query.x)
+                    slope: Tensor = field(time, query.x)
                     if slope.__class__ is Tensor and slope.dtype is dtype and slope.shape == shape:
                         return slope
                     return layout.checked(slope, query.x)
@@ -350,8 +352,8 @@ class _Layout:
         if not self.tree:
             given = x[0] if self.single else x
             return self.checked(f(t, given), given)
-        given = self.unpack(x, like=True)
-        leaves, spec = tree_flatten(f(t, given))
+        given = self.unpack(x.clone(), like=True)  # f may write into it; what it returns is copied below
+        leaves, spec = tree_flatten(f(t.clone(), given))
         expected = [v.shape for v in tree_flatten(given)[0]]
         if spec != self.spec or [getattr(v, "shape", None) for v in leaves] != expected:
             found = [tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for v in leaves]

@@ -96,9 +96,12 @@ def test_the_estimate_of_a_perfect_network_is_the_truth(path: Path) -> None:
 
 def test_conditioning_reaches_the_network_unchanged() -> None:
     net, labels = Spy(), torch.tensor([1, 2])
-    Flow(net, CondOT()).estimate(state(2, 2), 0.5, labels=labels, scale=3.0)
-    assert net.calls[0][2]["labels"] is labels
+    flow = Flow(net, CondOT())
+    for _ in range(6):
+        flow.estimate(state(2, 2), 0.5, labels=labels, scale=3.0)
+    assert torch.equal(net.calls[0][2]["labels"], labels)
     assert net.calls[0][2]["scale"] == 3.0
+    assert net.calls[-1][2]["labels"] is labels  # the first calls are made with copies (`flowsolve._guard`)
 
 
 # --- dtypes ---------------------------------------------------------------------------------------------------------

@@ -438,7 +438,7 @@ class _Layout:
 
         def ask(query: Query, context: Any) -> Tensor:
             t = torch.full((), float(query.t), dtype=self.wide, device=query.x.device)
-            slope = func(t, self.unpack(query.x[0]))
+            slope = func(t, self.unpack(query.x[0].clone()))  # func may write into it; `pack` copies what it returns
             if self.tupled:
                 slope = tuple(slope)
             leaves = slope if self.tupled else (slope,)

@@ -53,7 +53,7 @@ class Run:
         self._query: Query
         self.at: int | None = at
         self._step = plan.begins.index(at)
-        self._state = State(sample.to(state_dtype(sample)), noise)
+        self._state = State(_kept(sample), noise)
         self._given: tuple[Tensor, int | None] | None = None
         self._generator: Step | None = None
         self._enter(self._state.x)
@@ -68,12 +68,12 @@ class Run:
         assert self.at is not None
         query, plan = self._query, self.plan
         if self._changed(sample):
-            x = sample.to(state_dtype(sample))
+            x = _kept(sample)
             if self.at in plan.begins:
                 self._state = replace(self._state, origin=None)
                 self._enter(x)
             query = self._query.about(x)
-        found = plan.reading.flow.read(query.x, output.to(query.x.dtype), plan.points[self.at])
+        found = plan.reading.flow.read(query.x, output.to(query.x.dtype, copy=True), plan.points[self.at])
         if plan.reading.limit is not None:
             found = Estimate(found.x, plan.reading.limit(found.data), found.point, Row(1.0, 0.0))
         data, self.at = found.data, self.at + 1
@@ -129,3 +129,11 @@ class Run:
             return bool(given._version != version)
         kept = self._copy.to(sample.dtype)
         return sample.shape != kept.shape or not torch.equal(sample, kept)
+
+
+def _kept(sample: Tensor) -> Tensor:
+    """A pipeline's sample as a state: a copy, since what the pipeline does to its own later is its affair.
+
+    (For the same reason a run keeps copies of the network's outputs, which may lie in a buffer.)
+    """
+    return sample.to(state_dtype(sample), copy=True)

@@ -1,0 +1,194 @@
+r"""Functions that others wrote, and what they may not do to a solver.
+
+A solver gives a network a state that it needs again, and keeps what the network returned until the end of a step, or
+for several steps. Two habits of networks break that without a word:
+
+* writing into what they are given (`x.mul_(2)`, an activation with `inplace=True`, also on a view of x, on the time or
+  on the conditioning), which moves the state, and the caller's `start=` with it;
+* returning one buffer each time (`out=`, a CUDA graph, an exported program, an array of another library), so that the
+  second slope of a Runge–Kutta step is the first one too.
+
+Both are noticed and provided for. The first calls with a shape (`LEARNING`) are made with copies, and their outputs
+copied before they are handed on:
+
+* torch counts the writes to a tensor, its views included (`Tensor._version`; inference tensors have no counter, and are
+  compared by value). If the copies were written to, the network is given copies from then on.
+* An output in the memory of an earlier one that still exists lies in a buffer. If one does, outputs are copied from
+  then on.
+
+Where neither is found, later calls are given the tensors themselves, and cost a read of the counters and of an address.
+A network that turns to such a habit later is an error that names it: what it spoilt cannot be had back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_map
+
+__all__ = ["Guard", "Outputs"]
+
+LEARNING = 4
+"""Calls with a shape that are made with copies: one buffer, or up to three in turn, are noticed."""
+
+
+class Outputs:
+    """The outputs of a function as a solver can keep them: copied where the function writes them into a buffer.
+
+    Args:
+        what: the function's name in errors.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self._buffered = False
+        self._seen: dict[Any, list[tuple[int, StorageWeakRef]]] = {}
+        self._held: Tensor | None = None
+        self._trusted: torch.Size | None = None
+        self._last: tuple[int, Any, int] = (0, None, 0)
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.what,)  # what was learnt is learnt again
+
+    def own(self, output: Tensor, *given: Any) -> Tensor:
+        """The output, or a copy of it if a later call may overwrite it.
+
+        Args:
+            output: what the function returned.
+            given: what it was given; an output that is a view of that lies in no buffer.
+
+        Raises:
+            RuntimeError: it has overwritten an earlier output that was handed on, which no earlier call let expect.
+        """
+        if self._buffered:
+            return output.clone()
+        try:
+            place = output.data_ptr()
+            if output.shape != self._trusted and len(self._seen.get((output.shape, output.dtype), ())) < LEARNING:
+                return self._learnt(output, given)
+        except (RuntimeError, NotImplementedError):  # a tensor of torch.func or torch.compile, which has no memory
+            return output
+        self._trusted = output.shape
+        last, alive, version = self._last
+        if place == last and place and alive() is not None and not _among(output, given):
+            self._buffered = True
+            if _version(output) == version and alive().untyped_storage()._cdata == output.untyped_storage()._cdata:
+                return output.clone()  # the same tensor again, not written to since
+            raise RuntimeError(
+                f"{self.what} wrote its output into the memory of an earlier one that the solver had kept; have it "
+                "return a new tensor, for example lambda *args, **cond: net(*args, **cond).clone()"
+            )
+        self._last = place, ref(output), _version(output)
+        return output
+
+    def _learnt(self, output: Tensor, given: Any) -> Tensor:
+        """A copy of one of the first outputs of its shape, which is compared with the others."""
+        storage = output.untyped_storage()
+        place, seen = storage.data_ptr(), self._seen.setdefault((output.shape, output.dtype), [])
+        if place and not _among(output, given):
+            self._buffered = any(place == p and not s.expired() for p, s in seen)
+        seen.append((place, StorageWeakRef(storage)))
+        # What another library lends is freed with the tensor, and would look new the next time: hold it that long.
+        self._held = None if self._buffered or len(seen) == LEARNING else output.detach()
+        return output.clone()
+
+
+class Guard:
+    """A function f(a, b, **cond) of tensors that cannot change what it is given, nor take back what it returned.
+
+    Args:
+        f: the function.
+        what: its name in errors.
+    """
+
+    def __init__(self, f: Callable[..., Any], what: str) -> None:
+        self.f, self.what = f, what
+        self._writes = False
+        self._calls: dict[Any, int] = {}
+        self._trusted: torch.Size | None = None  # the shape of calls that are made without copies
+        self._outputs = Outputs(what)
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.f, self.what)
+
+    def __call__(self, a: Tensor, b: Tensor, cond: dict[str, Any] | None = None) -> Any:
+        """What f(a, b, **cond) returns.
+
+        Raises:
+            RuntimeError: f wrote into its arguments, or into an earlier output, and had not in its first calls.
+        """
+        if is_compiling():
+            return self.f(a, b, **(cond or {}))
+        if a.shape != self._trusted or a.is_inference():
+            return self._watched(a, b, cond or {})
+        before = a._version + b._version
+        if cond:
+            before += _writes(cond)
+            output = self.f(a, b, **cond)
+            after = a._version + b._version + _writes(cond)
+        else:
+            output = self.f(a, b)
+            after = a._version + b._version
+        if after != before:
+            self._writes, self._trusted = True, None
+            raise RuntimeError(
+                f"{self.what} wrote into the tensors it was given, which the solver needs again; have it work on a "
+                "copy, for example lambda x, *args, **cond: net(x.clone(), *args, **cond)"
+            )
+        return self._outputs.own(output, a, b, cond) if isinstance(output, Tensor) else output
+
+    def _watched(self, a: Tensor, b: Tensor, cond: dict[str, Any]) -> Any:
+        """What f returns, made with copies while it is not known that it needs none."""
+        calls = self._calls.get(a.shape, 0)
+        self._calls[a.shape] = calls + 1
+        output = self._copying(a, b, cond) if calls < LEARNING or self._writes else self.f(a, b, **cond)
+        if calls >= LEARNING and not self._writes:
+            self._trusted = a.shape
+        return self._outputs.own(output, a, b, cond) if isinstance(output, Tensor) else output
+
+    def _copying(self, a: Tensor, b: Tensor, cond: Mapping[str, Any]) -> Any:
+        """What f returns for copies, and whether it wrote into them."""
+        copies = a.clone(), b.clone(), tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, dict(cond))
+        before = _writes(copies)
+        output = self.f(copies[0], copies[1], **copies[2])
+        if not self._writes:
+            counted = _writes(copies) != before
+            self._writes = counted or any(
+                v.is_inference() and not torch.equal(v, w)
+                for v, w in zip(_tensors(copies), _tensors((a, b, dict(cond))), strict=True)
+            )
+        return output
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    """The tensors of what a network is given."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from _tensors(value)
+    elif isinstance(tree, list | tuple):
+        for value in tree:
+            yield from _tensors(value)
+
+
+def _version(v: Tensor) -> int:
+    """How often a tensor was written to; 0 for an inference tensor, which does not count."""
+    return 0 if v.is_inference() else v._version
+
+
+def _writes(tree: Any) -> int:
+    """How often these tensors were written to, in all: a number that only grows."""
+    return sum(_version(v) for v in _tensors(tree))
+
+
+def _among(output: Tensor, given: Any) -> bool:
+    """Whether an output is one of some tensors, or a view of one."""
+    place = output.untyped_storage().data_ptr()
+    return any(v.untyped_storage().data_ptr() == place for v in _tensors(given))
