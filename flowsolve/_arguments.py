@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flowsolve._batch import state_dtype
+from flowsolve._parameters import modules_of
 from flowsolve.flow import Flow
 from flowsolve.gradients import MODES
 from flowsolve.solvers.base import Foreign, ForeignSDE, Solver
@@ -27,27 +28,42 @@ __all__ = [
     "state",
 ]
 
-MODAL = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
-"""Layers that do something else in training mode: draw at random, or mix the samples of a batch."""
-
 
 def check_flow(flow: Any, cond: Any) -> None:
-    """Raise unless flow is a Flow whose network is a function of its arguments, and cond a mapping."""
+    """Raise unless flow is a Flow whose network is a function of its arguments, and cond a mapping.
+
+    Layers that are known to differ in training mode are looked for here, wherever they stand; whether others draw at
+    random, the first call shows (`Flow.arm`).
+    """
     if not isinstance(flow, Flow):
         raise TypeError(
             f"flow is a {type(flow).__name__}; expected a flowsolve.Flow, such as Flow(net, path, prediction)"
         )
     if cond is not None and not isinstance(cond, Mapping):
         raise TypeError(f"cond is a {type(cond).__name__}; expected a mapping of the network's keyword arguments")
-    for net in flow.nets:
-        if not isinstance(net, nn.Module) or not net.training:
+    for module in (m for net in flow.nets for m in modules_of(net, 3)):
+        if not any(m.training for m in module.modules()):
             continue
-        for name, module in net.named_modules():
-            if isinstance(module, MODAL) and module.training and getattr(module, "p", 1.0) != 0.0:
+        for name, layer in module.named_modules():
+            if layer.training and _modal(layer):
                 raise ValueError(
-                    f"the network is in training mode, where its layer {name or 'net'!r} ({type(module).__name__}) is "
+                    f"the network is in training mode, where its layer {name or 'net'!r} ({type(layer).__name__}) is "
                     "random or mixes samples; call net.eval() first"
                 )
+    flow.arm()
+
+
+def _modal(layer: nn.Module) -> bool:
+    """Whether a layer does something else in training mode: draws at random, or mixes the samples of a batch."""
+    if isinstance(layer, nn.modules.dropout._DropoutNd):
+        return bool(layer.p != 0.0)
+    if isinstance(layer, nn.modules.instancenorm._InstanceNorm):
+        return bool(layer.track_running_stats)
+    if isinstance(layer, nn.MultiheadAttention):
+        return bool(layer.dropout != 0.0)
+    if isinstance(layer, nn.RNNBase):
+        return bool(layer.dropout != 0.0 and layer.num_layers > 1)
+    return isinstance(layer, nn.modules.batchnorm._BatchNorm | nn.RReLU)
 
 
 def check_solver(solver: Any) -> None:

@@ -18,10 +18,16 @@ copied before they are handed on:
 
 Where neither is found, later calls are given the tensors themselves, and cost a read of the counters and of an address.
 A network that turns to such a habit later is an error that names it: what it spoilt cannot be had back.
+
+A third habit is to draw at random (dropout and drop-path left in training mode, in whatever layer): the field of an ODE
+must be a function. At the first call of a solve it is looked whether torch's generators have moved. If so, the network
+is asked three times more, twice from one seed and once from another: only if another seed changes more than the same
+one does, is it random.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from weakref import ref
@@ -30,7 +36,9 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
+
+from flowsolve._parameters import modules_of
 
 __all__ = ["Guard", "Outputs"]
 
@@ -105,10 +113,14 @@ class Guard:
     Args:
         f: the function.
         what: its name in errors.
+
+    Attributes:
+        armed: whether the next call is the first of a solve, where f must not draw at random.
     """
 
     def __init__(self, f: Callable[..., Any], what: str) -> None:
         self.f, self.what = f, what
+        self.armed = False
         self._writes = False
         self._calls: dict[Any, int] = {}
         self._trusted: torch.Size | None = None  # the shape of calls that are made without copies
@@ -125,7 +137,7 @@ class Guard:
         """
         if is_compiling():
             return self.f(a, b, **(cond or {}))
-        if a.shape != self._trusted or a.is_inference():
+        if a.shape != self._trusted or self.armed or a.is_inference():
             return self._watched(a, b, cond or {})
         before = a._version + b._version
         if cond:
@@ -147,10 +159,37 @@ class Guard:
         """What f returns, made with copies while it is not known that it needs none."""
         calls = self._calls.get(a.shape, 0)
         self._calls[a.shape] = calls + 1
-        output = self._copying(a, b, cond) if calls < LEARNING or self._writes else self.f(a, b, **cond)
+        if self.armed or calls < LEARNING or self._writes:
+            output = self.function(lambda: self._copying(a, b, cond), a.device)
+        else:
+            output = self.f(a, b, **cond)
         if calls >= LEARNING and not self._writes:
             self._trusted = a.shape
         return self._outputs.own(output, a, b, cond) if isinstance(output, Tensor) else output
+
+    def function(self, call: Callable[[], Any], device: torch.device) -> Any:
+        """What a call of f returns; the first of a solve must find that f is a function.
+
+        Raises:
+            ValueError: it draws at random, and has layers in training mode; a warning where it has none.
+        """
+        if not self.armed:
+            return call()
+        self.armed = False
+        before = _drawn(device)
+        output = call()
+        if before != _drawn(device) and _random(call, device):
+            modal = [
+                f"{name or 'net'!r} ({type(m).__name__})"
+                for root in modules_of(self.f, 3)
+                for name, m in root.named_modules()
+                if m.training
+            ]
+            why = f"{self.what} draws at random: at the same point it returns other values the next time"
+            if modal:
+                raise ValueError(f"{why}. It is in training mode ({', '.join(modal[-3:])}); call net.eval() first")
+            warnings.warn(f"{why}, so that no solver converges and no density is right", stacklevel=2)
+        return output
 
     def _copying(self, a: Tensor, b: Tensor, cond: Mapping[str, Any]) -> Any:
         """What f returns for copies, and whether it wrote into them."""
@@ -192,3 +231,29 @@ def _among(output: Tensor, given: Any) -> bool:
     """Whether an output is one of some tensors, or a view of one."""
     place = output.untyped_storage().data_ptr()
     return any(v.untyped_storage().data_ptr() == place for v in _tensors(given))
+
+
+def _drawn(device: torch.device) -> Any:
+    """What changes when torch's generators of the host and of a device are drawn from."""
+    try:
+        host = bytes(torch.default_generator.get_state().numpy())
+    except RuntimeError:  # within a transform of torch.func, where no tensor has memory
+        return None
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return host
+    return host, torch.cuda.default_generators[device.index or 0].get_offset()
+
+
+@torch.no_grad()
+def _random(call: Callable[[], Any], device: torch.device) -> bool:
+    """Whether what a call returns depends on a seed, beyond what it differs by from one seed."""
+    results = []
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for seed in (0, 0, 1):
+            torch.manual_seed(seed)
+            results.append([v.detach().double() for v in tree_leaves(call()) if isinstance(v, Tensor)])
+    same, other = (
+        max((float((v - w).abs().max()) for v, w in zip(results[0], r, strict=True) if v.numel()), default=0.0)
+        for r in results[1:]
+    )
+    return other > 4.0 * same

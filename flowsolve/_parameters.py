@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["parameters_of"]
+__all__ = ["modules_of", "parameters_of"]
 
 
 def parameters_of(functions: Iterable[Any], slopes: Iterable[Tensor]) -> list[Tensor]:
@@ -23,7 +23,7 @@ def parameters_of(functions: Iterable[Any], slopes: Iterable[Tensor]) -> list[Te
     """
     found: dict[int, Tensor] = {}
     for f in functions:
-        for module in _modules(f, 3):
+        for module in modules_of(f, 3):
             found.update({id(p): p for p in module.parameters() if p.requires_grad})
     inner = {p.grad_fn for p in found.values() if p.grad_fn is not None}
     for slope in slopes:
@@ -39,7 +39,7 @@ def parameters_of(functions: Iterable[Any], slopes: Iterable[Tensor]) -> list[Te
     return list(found.values())
 
 
-def _modules(f: Any, depth: int) -> list[nn.Module]:
+def modules_of(f: Any, depth: int) -> list[nn.Module]:
     """Modules that a callable is, wraps or closes over."""
     if isinstance(f, nn.Module):
         return [f]
@@ -50,4 +50,4 @@ def _modules(f: Any, depth: int) -> list[nn.Module]:
         inner += [f.func, *f.args, *f.keywords.values()]
     elif inspect.isfunction(f):
         inner += inspect.getclosurevars(f).nonlocals.values()
-    return [m for v in inner if v is not None for m in _modules(v, depth - 1)]
+    return [m for v in inner if v is not None for m in modules_of(v, depth - 1)]

@@ -123,6 +123,17 @@ class Flow:
         return (self.net,)
 
     @property
+    def guard(self) -> Guard:
+        """What calls the network (`flowsolve._guard`)."""
+        if self._guard.f is not self.net:
+            self._guard = Guard(self.net, "the network")
+        return self._guard
+
+    def arm(self, armed: bool = True) -> None:
+        """A solve begins (or none does): the next call must find that the network is a function of its arguments."""
+        self.guard.armed = armed
+
+    @property
     def caveats(self) -> tuple[str, ...]:
         """What a density read from this flow is not; empty for a network's own flow."""
         return ()
@@ -181,9 +192,7 @@ class Flow:
             raise TypeError(f"x has dtype {x.dtype}; expected floating-point numbers (scaled, dequantised data)")
         fed = x.to(self.dtype or x.dtype)
         cond.pop(MARK, None)
-        if self._guard.f is not self.net:
-            self._guard = Guard(self.net, "the network")
-        output = self._guard(fed, network_time((clock or self.clock)(t), fed), cond)
+        output = self.guard(fed, network_time((clock or self.clock)(t), fed), cond)
         if not isinstance(output, Tensor):
             raise TypeError(
                 f"the network returned a {type(output).__name__}; expected a tensor. Wrap it, for example "

@@ -95,7 +95,8 @@ def solve(
     stops = _stops(start, _number(t1, "t1"), t_eval)
     layout = _Layout(y0, batched)
     y = layout.pack(y0)
-    field = f if layout.tree else Guard(f, "f")
+    field = Guard(f, "f")
+    field.armed = True
     _check_resolution(start, stops[-1], y.dtype)
 
     clock: dict[Any, Tensor] = {}
@@ -347,13 +348,14 @@ class _Layout:
             return t[..., 0]
         return t.reshape(*t.shape, *[1] * (1 if self.tree else len(self.shapes[0]) - 1))
 
-    def slope(self, f: Callable[[Tensor, Any], Any], t: Tensor, x: Tensor) -> Tensor:
+    def slope(self, f: Guard, t: Tensor, x: Tensor) -> Tensor:
         """f(t, y) as one tensor."""
         if not self.tree:
             given = x[0] if self.single else x
             return self.checked(f(t, given), given)
-        given = self.unpack(x.clone(), like=True)  # f may write into it; what it returns is copied below
-        leaves, spec = tree_flatten(f(t.clone(), given))
+        given = self.unpack(x, like=True)
+        # f is given copies, which it may write into, and what it returns is copied below.
+        leaves, spec = tree_flatten(f.function(lambda: f.f(t.clone(), self.unpack(x.clone(), like=True)), x.device))
         expected = [v.shape for v in tree_flatten(given)[0]]
         if spec != self.spec or [getattr(v, "shape", None) for v in leaves] != expected:
             found = [tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for v in leaves]

@@ -237,3 +237,116 @@ def test_a_pipeline_s_outputs_may_lie_in_a_buffer(solver: str) -> None:
             x = scheduler.step(keep(0.5 * scheduler.scale_model_input(x, t).sin()), t, x).prev_sample
         ends.append(x)
     assert torch.equal(*ends)
+
+
+class Path(nn.Module):
+    """A layer of one's own that is random in training mode (drop-path, functional dropout)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, 0.3, self.training)
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.MultiheadAttention(2, 1, dropout=0.3, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x[:, None], x[:, None], x[:, None])[0][:, 0]
+
+
+class Remembering(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.LSTM(2, 2, num_layers=2, dropout=0.3, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x[:, None])[0][:, 0]
+
+
+def left_in_training_mode() -> nn.Module:
+    net = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Dropout(0.3))).eval()
+    net[1][0].train()
+    return net
+
+
+RANDOM: dict[str, Callable[[], nn.Module]] = {
+    "functional dropout": lambda: nn.Sequential(nn.Linear(2, 2), Path()),
+    "attention": Attending,
+    "LSTM": Remembering,
+    "RReLU": lambda: nn.Sequential(nn.Linear(2, 2), nn.RReLU()),
+    "dropout in training mode under an eval parent": left_in_training_mode,
+    "running statistics": lambda: nn.Sequential(
+        nn.Unflatten(1, (1, 2)), nn.InstanceNorm1d(1, track_running_stats=True), nn.Flatten()
+    ),
+}
+ENTRIES: dict[str, Callable[[fs.Flow], Any]] = {
+    "sample": lambda flow: fs.sample(flow, (3, 2), nfe=8),
+    "encode": lambda flow: fs.encode(flow, torch.ones(3, 2), nfe=8),
+    "log_prob": lambda flow: fs.log_prob(flow, torch.ones(3, 2), solver=fs.solvers.Heun(), nfe=8),
+    "curve": lambda flow: fs.log_prob(flow, torch.ones(3, 2), nfe=12),
+    "sample_log_prob": lambda flow: fs.sample_log_prob(flow, (3, 2), solver=fs.solvers.Heun(), nfe=8),
+    "batching": lambda flow: list(fs.batching.sample(flow, (3, 2), batch=2, nfe=8)),
+    "bound": lambda flow: fs.variational_bound(flow, torch.tensor([[0, 255]] * 3, dtype=torch.uint8)),
+    "guided": lambda flow: fs.sample(fs.guidance.Autoguidance(fs.Flow(plain, flow.path), flow, 2.0), (3, 2), nfe=8),
+}
+
+
+@pytest.mark.parametrize("wrap", [lambda net: lambda x, t: net(x), lambda net: Timeless(net)], ids=["lambda", "module"])
+@pytest.mark.parametrize("name", RANDOM)
+def test_training_mode_is_noticed_in_every_layer(name: str, wrap: Any) -> None:
+    net = RANDOM[name]()
+    flow = fs.Flow(wrap(net), fs.paths.CondOT())
+    with pytest.raises(ValueError, match="training mode"):
+        fs.sample(flow, (3, 2), nfe=8)
+    net.eval()
+    fs.sample(flow, (3, 2), nfe=8)
+    net.train()
+    with pytest.raises(ValueError, match="training mode"):
+        fs.sample(flow, (3, 2), nfe=8)
+
+
+class Timeless(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.training = False
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.net(x)
+
+
+@pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
+def test_training_mode_is_noticed_at_every_entry(entry: Any) -> None:
+    net = RANDOM["functional dropout"]()
+    with pytest.raises(ValueError, match="training mode"):
+        entry(fs.Flow(lambda x, t: net(x), fs.paths.CondOT()))
+
+
+@pytest.mark.parametrize("tree", [False, True])
+def test_training_mode_is_noticed_in_an_ode_of_one_s_own(tree: bool) -> None:
+    net = RANDOM["functional dropout"]()
+    f, y0 = ((lambda t, y: [net(y[0])]), [torch.ones(3, 2)]) if tree else ((lambda t, y: net(y)), torch.ones(3, 2))
+    with pytest.raises(ValueError, match="training mode"):
+        fs.solve(f, y0, 0.0, 1.0, solver=fs.solvers.Heun(), nfe=8)
+
+
+def test_a_random_network_that_is_in_no_mode_is_warned_of_and_drawing_without_effect_is_not() -> None:
+    with pytest.warns(UserWarning, match="draws at random"):
+        fs.sample(fs.Flow(lambda x, t: -x + torch.randn_like(x), fs.paths.CondOT()), (3, 2), nfe=8)
+    net = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.0))  # training mode, without a consequence
+    before = torch.get_rng_state()
+    flow = fs.Flow(lambda x, t: (torch.rand(3), net(x))[1], fs.paths.CondOT())
+    made = int(fs.sample(flow, (3, 2), solver=fs.solvers.Euler(), nfe=8).nfe[0])
+    after = torch.get_rng_state()
+    torch.set_rng_state(before)
+    for _ in range(made):
+        torch.rand(3)
+    assert torch.equal(after, torch.get_rng_state())  # what was drawn to look is not missed
+
+
+def test_dropout_is_welcome_in_training() -> None:
+    net = RANDOM["functional dropout"]()
+    flow = fs.Flow(lambda x, t: net(x), fs.paths.CondOT())
+    flow.arm()  # as a solve does that then stops for another reason
+    fs.training.cfm_loss(flow, torch.ones(3, 2)).backward()

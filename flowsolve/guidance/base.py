@@ -195,6 +195,10 @@ class Guided(Flow):
         """Every callable that an estimate may call."""
         return self.base.nets
 
+    def arm(self, armed: bool = True) -> None:
+        """A solve begins (or none does): the next call must find that the networks are functions of their arguments."""
+        self.base.arm(armed)
+
     @property
     def settings(self) -> dict[str, Any]:
         """Everything, beside `base`, that its estimates depend on."""

@@ -139,6 +139,7 @@ def _regress(
             raise SingularEstimate(f"the target {target.name!r} does not exist at some t; ask at t < 1")
         a, b = a / scale, b / scale
     x = linear(point.alpha, data, point.sigma, noise)
+    flow.arm(False)  # dropout is welcome here
     if target is flow.prediction:  # the raw output: no 2×2 solve, hence no time at which it fails
         predicted = flow.call(x, when, **cond)
     else:

@@ -129,7 +129,7 @@ def test_conditioning_of_any_shape_goes_where_it_belongs(batched: bool) -> None:
     assert (
         len(seen[0]["text"]) == len(seen[0]["extra"]["size"]) == len(seen[0]["extra"]["pair"][0]) == len(seen[0]["x"])
     )
-    assert seen[0]["table"] is cond["table"]
+    assert torch.equal(seen[0]["table"], cond["table"])
     assert len(seen) == (1 if batched else 2) + 2
 
 
