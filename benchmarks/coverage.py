@@ -8,9 +8,10 @@ with the same probes (Dopri5 at 1e-9, for the digits at 1e-5, which their float3
 of the truth itself), the share of samples within 2 × and 4 × the claimed `error`, and the mean of the claim over the
 mean of the distance.
 
-**The split**: the four numbers of `Curve.error` were chosen on fields of the kinds of `FIT` and are judged on those of
-`JUDGE`. (One of them was doubled, and the floor of 10⁻⁶ bits/dim put in, after random networks of another seed, among
-them a noise prediction on the table, had shown claims too small near that floor.) A mixture's network is the exact
+**The split**: the three numbers of `Curve.error` were chosen on fields of the kinds of `FIT` and are judged on those of
+`JUDGE`. Its form is of a second look: an earlier one had claimed too little on the fields of `LATER`, which were added
+after the first record; they showed that all of the corrections must be claimed, but no number was chosen on them.
+A mixture's network is the exact
 conditional expectation; a perturbed one has a random network added to it; a random one is nothing but weights; moons
 are trained for as many steps as the name says (40 of 800 are 5 %).
 """
@@ -71,9 +72,9 @@ def modes(path: paths.Path) -> Field:
     return six().flow(path), six().sample(COUNT, seed=5)
 
 
-def perturbed(path: paths.Path, prediction: str, size: float) -> Field:
+def perturbed(path: paths.Path, prediction: str, size: float, seed: int = 1) -> Field:
     """The exact network of six modes with `size` times a random one added."""
-    exact, error = six().flow(path), Net(SIZE, 32, 1.0, 1)
+    exact, error = six().flow(path), Net(SIZE, 32, 1.0, seed)
 
     def net(x: Tensor, t: Tensor) -> Tensor:
         right: Tensor = getattr(exact.estimate(x, t), prediction)
@@ -82,10 +83,10 @@ def perturbed(path: paths.Path, prediction: str, size: float) -> Field:
     return Flow(net, path, prediction=prediction), six().sample(COUNT, seed=5)
 
 
-def random(path: paths.Path, prediction: str) -> Field:
+def random(path: paths.Path, prediction: str, seed: int = 1, scale: float = 3.0, size: int = SIZE) -> Field:
     """Random weights, at normal states."""
-    x = torch.randn(COUNT, SIZE, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
-    return Flow(Net(SIZE, 64, 3.0, 1), path, prediction=prediction), x
+    x = torch.randn(COUNT, size, generator=torch.Generator().manual_seed(seed - 1), dtype=DOUBLE)
+    return Flow(Net(size, 64, scale, seed), path, prediction=prediction), x
 
 
 def moons(steps: int) -> Field:
@@ -138,6 +139,17 @@ JUDGE: dict[str, Callable[[], Field]] = {
     "moons-160": partial(moons, 160),
     "digits-ddpm": partial(digits, "digits-ddpm", IMAGES, PROBES),  # type: ignore[dict-item]
 }
+LATER: dict[str, Callable[[], Field]] = {
+    "random 7, CondOT v": partial(random, paths.CondOT(), "v", 7, 2.0),
+    "random 8, VE noise": partial(random, paths.VE(), "noise", 8, 1.0),
+    "random 9, SubVP velocity": partial(random, paths.SubVP(), "velocity", 9, 5.0),
+    "random 11, EDM velocity, two dimensions": partial(random, paths.EDM(), "velocity", 11, 2.0, 2),
+    "perturbed 0.2, Cosine v": partial(perturbed, paths.Cosine(), "v", 0.2, 5),
+    "perturbed 0.05, VE noise": partial(perturbed, paths.VE(), "noise", 0.05, 6),
+    "perturbed 1, CondOT": partial(perturbed, paths.CondOT(), "velocity", 1.0, 7),
+    "moons-400": partial(moons, 400),
+}
+SPLITS = {"fit": FIT, "judge": JUDGE, "later": LATER}
 LINE = (
     "  {nfe:4d}  bias {bias:+.1e}  rms {rms:.1e}  error {claimed:.1e}  within {within 2:.2f} {within 4:.2f}  "
     "ratio {ratio:.1f}"
@@ -148,7 +160,7 @@ NETWORKS = ("random", "moons", "digits")
 
 def measured(name: str) -> list[dict[str, Any]]:
     """One field at every budget."""
-    made: Any = {**FIT, **JUDGE}[name]()
+    made: Any = next(fields[name] for fields in SPLITS.values() if name in fields)()
     if name.startswith("digits"):
         flow, x, truth, options, left = made.flow, made.x, made.truth, PROBES, 3e-4
     else:
@@ -186,7 +198,7 @@ def aims(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Measure, print, and write the record."""
-    fields = {**FIT, **JUDGE}
+    fields = {**FIT, **JUDGE, **LATER}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(fields), metavar="NAME", help="fields to measure and print")
     given = parser.parse_args()
@@ -196,7 +208,7 @@ def main() -> None:
     for name in given.only or fields:
         start = time.perf_counter()
         rows = measured(name)
-        split = "fit" if name in FIT else "judge"
+        split = next(k for k, fields in SPLITS.items() if name in fields)
         seconds = round(time.perf_counter() - start)
         record["fields"][name] = {"split": split, "seconds": seconds, "rows": rows, "targets": aims(name, rows)}
         print(f"{name} ({split})")

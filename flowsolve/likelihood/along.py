@@ -269,7 +269,7 @@ class Along:
         change = curve.change()
         value = base + change - size * math.log(first.alpha)  # of y at the last node, of x at the first
         sample, value, slack = self._at_data(curve, y, value, *at_data)
-        error = curve.error(isinstance(self.solver, Multistep) and self.solver.corrector > 0)
+        error = curve.error
         return torch.cat((latent, sample, value, error + loose + slack), 1)
 
     def _at_noise(
