@@ -17,6 +17,7 @@ from flowsolve import (
     transforms,
 )
 from flowsolve._version import __version__
+from flowsolve.conditioning import per_sample, shared
 from flowsolve.flow import Flow
 from flowsolve.integrate import encode, sample
 from flowsolve.inversion import RoundTrip, round_trip
@@ -49,12 +50,14 @@ __all__ = [
     "likelihood",
     "log_prob",
     "paths",
+    "per_sample",
     "predictions",
     "problems",
     "round_trip",
     "runs",
     "sample",
     "sample_log_prob",
+    "shared",
     "solve",
     "solvers",
     "training",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-__all__ = ["MARK", "Context", "choose", "linear", "per_sample", "rows", "saturating_log", "send", "state_dtype", "take"]
+__all__ = [
+    "MARK",
+    "Context",
+    "Whose",
+    "choose",
+    "linear",
+    "per_sample",
+    "rows",
+    "saturating_log",
+    "send",
+    "state_dtype",
+    "take",
+]
 
 MARK = "_per_sample"  # the keyword under which a batch's conditioning says which of its leaves have a row a sample
 TINY = 2.2250738585072014e-308  # the smallest normal float64; log-SNRs saturate at ±log(TINY) = ±708.4
@@ -75,19 +88,44 @@ def take(x: Tensor, index: NDArray[np.int64]) -> Tensor:
     return x.index_select(0, send(torch.from_numpy(index), x))
 
 
+@dataclass(frozen=True, eq=False)
+class Whose:
+    """A leaf of a tree with whose it is (`flowsolve.conditioning`).
+
+    Attributes:
+        value: a tensor, or anything that is shared.
+        own: whether it is a tensor with a row for each sample.
+    """
+
+    value: Any
+    own: bool
+
+
 class Context:
     """What belongs to the samples of a batch beside their state: tensors with one row a sample, anywhere in a tree.
 
-    Which leaves those are is settled once, when the batch is made: tensors whose first dimension is the batch's.
+    Which leaves those are is settled once, when the batch is made: as they are marked (`Whose`), and of unmarked
+    tensors those whose first dimension is the batch's.
 
     Attributes:
-        tree: mappings, sequences and leaves, as they were given.
+        tree: mappings, sequences and leaves, as they were given, without marks.
     """
 
     def __init__(self, tree: Any, count: int) -> None:
-        self._leaves, self._spec = tree_flatten(tree)
-        self._own = [isinstance(v, Tensor) and v.ndim > 0 and v.shape[0] == count for v in self._leaves]
-        self.tree = tree
+        leaves, self._spec = tree_flatten(tree)
+        self._own = [
+            v.own if isinstance(v, Whose) else isinstance(v, Tensor) and v.ndim > 0 and v.shape[0] == count
+            for v in leaves
+        ]
+        self._leaves = [v.value if isinstance(v, Whose) else v for v in leaves]
+        marked = any(isinstance(v, Whose) for v in leaves)
+        self.tree = tree_unflatten(self._leaves, self._spec) if marked else tree
+
+    @property
+    def marked(self) -> Any:
+        """The tree with its tensors marked: a context of the same samples made of it is this one."""
+        pairs = zip(self._leaves, self._own, strict=True)
+        return tree_unflatten([Whose(v, own) if isinstance(v, Tensor) else v for v, own in pairs], self._spec)
 
     @property
     def requires_grad(self) -> bool:
@@ -99,12 +137,38 @@ class Context:
         return self._with([take(v, index) if own else v for v, own in zip(self._leaves, self._own, strict=True)])
 
     def joined(self, other: Context) -> Context:
-        """The context of this batch's samples and then the other's; what is no sample's own is this batch's."""
-        pairs = zip(self._leaves, other._leaves, self._own, strict=True)
-        return self._with([torch.cat((a, b)) if own else a for a, b, own in pairs])
+        """The context of this batch's samples and then the other's.
+
+        Raises:
+            ValueError: what they share among themselves is not the same in both.
+        """
+        if self._spec != other._spec or self._own != other._own:
+            raise ValueError(
+                "two batches that follow each other have other keyword arguments for the network, or rows a sample in "
+                "one only; give them the same names, and flowsolve.shared or flowsolve.per_sample where they differ"
+            )
+        made = []
+        for a, b, own in zip(self._leaves, other._leaves, self._own, strict=True):
+            if not (own or a is b or _same(a, b)):
+                raise ValueError(
+                    f"two batches that follow each other share different values among their samples ({_said(a)} and "
+                    f"{_said(b)}), and the network is to see samples of both at once; give a tensor with a row a sample"
+                )
+            made.append(torch.cat((a, b)) if own else a)
+        return self._with(made)
 
     def _with(self, leaves: list[Any]) -> Context:
         new = object.__new__(Context)
         new._leaves, new._spec, new._own = leaves, self._spec, self._own
         new.tree = tree_unflatten(leaves, self._spec)
         return new
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+    return type(a) is type(b) and bool(a == b)
+
+
+def _said(v: Any) -> str:
+    return f"a tensor of shape {tuple(v.shape)}" if isinstance(v, Tensor) else repr(v)

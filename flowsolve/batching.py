@@ -18,6 +18,7 @@ import torch
 from flowsolve._arguments import check_flow, check_interval, device_of, shape_of, state
 from flowsolve.brownian import named
 from flowsolve.charts import Chart
+from flowsolve.conditioning import common, rows_of
 from flowsolve.flow import Flow
 from flowsolve.grids import Final
 from flowsolve.likelihood.log_prob import LogProb, falling, reading
@@ -60,7 +61,8 @@ def sample(
         batch: the most samples the network sees at a time, and the size of the pieces yielded.
         interval_end: the flow time to stop at.
 
-    The other arguments are those of `flowsolve.sample`, except that cond is shared by all samples.
+    The other arguments are those of `flowsolve.sample`, except that cond is shared by all samples, but for tensors
+    marked `flowsolve.per_sample`, with N rows; one as long as N or batch must be marked as one or the other.
 
     Yields:
         `Solution`s of `batch` samples each (the last may be smaller), the same as `flowsolve.sample` gives.
@@ -72,15 +74,16 @@ def sample(
     method, grid = auto.resolve(solver, grid, flow.path, at_least(nfe, flow))
     passage = Passage(
         flow, (0.0, interval_end), solver=method, nfe=nfe, grid=grid, chart=chart, final=final, seed=whole.seed,
-        noise=type(whole), shared=cond,
+        noise=type(whole),
     )  # fmt: skip
-    place = device or device_of(flow.net)
+    place, given = device or device_of(flow.net), common(cond, (total, batch))
 
     def chunks() -> Iterator[Chunk]:
         for first in range(0, total, batch):
             part = whole.select(torch.arange(first, min(total, first + batch)))
             blank = state(torch.empty((len(part.samples), *event), device=place, dtype=dtype))
-            yield Chunk(part.normal(START, 0, blank) * flow.path.prior_std, {}, part.samples)
+            start = part.normal(START, 0, blank) * flow.path.prior_std
+            yield Chunk(start, rows_of(given, part.samples), part.samples)
 
     return _quiet(stream(passage, chunks(), batch, progress=progress, total=total))
 
@@ -104,7 +107,7 @@ def encode(
     Args:
         source: tensors (n, *S), or pairs (tensor, keyword arguments).
         batch: the most samples the network sees at a time.
-        cond: keyword arguments shared by all samples.
+        cond: keyword arguments shared by all samples, or marked `flowsolve.per_sample`.
         total: the number of samples to come, for the progress bar.
 
     The other arguments are those of `flowsolve.encode`.
@@ -122,8 +125,9 @@ def encode(
     interval = interval or (flow.path.window[1], 0.0)
     check_interval(interval)
     method, grid = auto.resolve(solver, grid, flow.path, at_least(nfe, flow))
-    passage = Passage(flow, interval, solver=method, nfe=nfe, grid=grid, chart=chart, shared=cond)
-    return _quiet(stream(passage, numbered(source), batch, progress=progress, total=total))
+    passage = Passage(flow, interval, solver=method, nfe=nfe, grid=grid, chart=chart)
+    given = common(cond, (total, batch))
+    return _quiet(stream(passage, numbered(source, given), batch, progress=progress, total=total))
 
 
 def log_prob(
@@ -151,7 +155,7 @@ def log_prob(
     Args:
         source: tensors (n, *S), or pairs (tensor, keyword arguments).
         batch: the most samples the network sees at a time.
-        cond: keyword arguments shared by all samples.
+        cond: keyword arguments shared by all samples, or marked `flowsolve.per_sample`.
         total: the number of samples to come, for the progress bar.
 
     The other arguments are those of `flowsolve.log_prob`. Sample k of the stream has the probes of sample k there.
@@ -162,9 +166,10 @@ def log_prob(
     check_flow(flow, cond)
     job = reading(
         flow, falling(flow, interval), solver=solver, trace=trace, probes=probes, seed=seed, nfe=nfe,
-        grid=grid, chart=chart, prior=prior, repeats=repeats, tolerance=tolerance, shared=cond,
+        grid=grid, chart=chart, prior=prior, repeats=repeats, tolerance=tolerance,
     )  # fmt: skip
-    return _quiet(stream(job, numbered(source), batch, progress=progress, total=total))
+    given = common(cond, (total, batch))
+    return _quiet(stream(job, numbered(source, given), batch, progress=progress, total=total))
 
 
 def _quiet(results: Iterator[Any]) -> Iterator[Any]:

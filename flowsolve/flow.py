@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from flowsolve._batch import MARK, send, state_dtype
 from flowsolve._guard import Guard
 from flowsolve.checks import CheckReport, check
+from flowsolve.conditioning import plain
 from flowsolve.paths import Path, Point
 from flowsolve.predictions import Estimate, Prediction, SingularEstimate, resolve
 from flowsolve.transforms import Latent, Range, Transform
@@ -192,6 +193,8 @@ class Flow:
             raise TypeError(f"x has dtype {x.dtype}; expected floating-point numbers (scaled, dequantised data)")
         fed = x.to(self.dtype or x.dtype)
         cond.pop(MARK, None)
+        if cond:
+            cond = plain(cond)
         output = self.guard(fed, network_time((clock or self.clock)(t), fed), cond)
         if not isinstance(output, Tensor):
             raise TypeError(

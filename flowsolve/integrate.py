@@ -16,6 +16,7 @@ from torch import Tensor
 from flowsolve._arguments import check_flow, check_interval, device_of, shape_of, state
 from flowsolve.brownian import named
 from flowsolve.charts import Chart
+from flowsolve.conditioning import settled
 from flowsolve.flow import Flow
 from flowsolve.grids import Final
 from flowsolve.noise import START, Noise, Seed
@@ -82,7 +83,8 @@ def sample(
             the same for any number of steps (`flowsolve.brownian`).
         samples: the global numbers of the samples, by default 0 … B−1: sample n is the same in any batch. With a list
             of seeds, by default all 0.
-        cond: passed to the network; tensors whose first dimension is B are taken per sample.
+        cond: the network's keyword arguments, tensors or what it takes as it is. A tensor whose first dimension is B
+            has a row a sample, any other is shared by all; see `flowsolve.shared` and `flowsolve.per_sample`.
         device: where to start from noise; by default where the network is.
         dtype: dtype of the state to start from, by default float32; half precisions are raised to it.
         batch: the most samples the network sees at a time, by default all. With an adaptive solver a sample that
@@ -245,7 +247,7 @@ def integrate(
         raise ValueError(
             "t_eval=, callback= and resume= are of one batch; drop batch=, or sample batch by batch with samples="
         )
-    chunk = Chunk(x, dict(cond or {}), noise.samples)
+    chunk = Chunk(x, settled(cond, len(x)), noise.samples)
     with recording(x, grad):
         solution: Solution = passed(passage, chunk, batch, progress)
     return solution.raise_on_failure() if throw else solution

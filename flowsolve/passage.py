@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from itertools import pairwise
@@ -91,7 +91,6 @@ class Passage:
         gradient: str = "direct",
         capture: bool = False,
         final: str | Final = "path",
-        shared: Mapping[str, Any] | None = None,
         t_eval: Sequence[float] | None = None,
         callback: Callback | None = None,
         resume: Snapshot | None = None,
@@ -99,7 +98,7 @@ class Passage:
         check_solver(solver)
         check_gradient(gradient, solver)
         self.flow, self.solver, self.seed, self.noise, self.gradient = flow, solver, seed, noise, gradient
-        self.shared, self.capture = dict(shared or {}), capture
+        self.capture = capture
         self.chart = None if chart is None else charts.resolve(chart)
         self.estimate: Any = estimator(flow)
         path, (start, end) = flow.path, interval
@@ -171,7 +170,7 @@ class Passage:
     def enter(self, chunk: Chunk) -> tuple[Tensor, Context]:
         """States in the coordinates of the solve, and their conditioning."""
         x = state(chunk.x)
-        cond = self.flow.conditioned({**self.shared, **chunk.cond}, len(x))
+        cond = self.flow.conditioned(chunk.cond, len(x))
         context = Context({"cond": cond, "samples": chunk.samples}, len(x))
         return (scaled(inverse(self.ruler.scale(self.flow.path.at(self.start))), x) if self.charted else x), context
 

@@ -15,7 +15,7 @@ the results of chunks behind one that is not complete.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from flowsolve._batch import Context, take
+from flowsolve.conditioning import rows_of, settled
 from flowsolve.drivers import Ask
 from flowsolve.pursuit import Finished, Metered, collect, pursue
 from flowsolve.solution import Solution
@@ -38,7 +39,7 @@ class Chunk(NamedTuple):
 
     Attributes:
         x: shape (n, *S).
-        cond: what is passed to the network; tensors whose first dimension is n are taken per sample.
+        cond: what is passed to the network, every tensor marked with whose it is (`flowsolve.conditioning`).
         samples: the global number of each sample, int64 of shape (n,).
     """
 
@@ -118,9 +119,8 @@ def _pieces(chunks: Iterator[Chunk], width: int, sizes: deque[int]) -> Iterator[
         if len(chunk.x) <= width:
             yield chunk
             continue
-        context = Context((chunk.cond, chunk.samples), len(chunk.x))
         for index in np.split(np.arange(len(chunk.x)), range(width, len(chunk.x), width)):
-            yield Chunk(take(chunk.x, index), *context.select(index).tree)
+            yield Chunk(take(chunk.x, index), rows_of(chunk.cond, index), take(chunk.samples, index))
 
 
 def _regrouped(results: Iterator[Any], sizes: deque[int]) -> Iterator[Any]:
@@ -211,17 +211,18 @@ def _nothing(y: Tensor) -> Solution:
     return Solution(y, whole, whole, whole, whole, torch.zeros(0, dtype=torch.float64))
 
 
-def numbered(chunks: Iterable[Any]) -> Iterator[Chunk]:
-    """Chunks from tensors, or pairs (x, cond), with their samples numbered in order."""
+def numbered(chunks: Iterable[Any], cond: Mapping[str, Any]) -> Iterator[Chunk]:
+    """Chunks from tensors, or pairs (x, cond), with their samples numbered in order, and what they share (`common`)."""
     first = 0
     for item in chunks:
-        x, cond = item if isinstance(item, tuple) else (item, {})
+        x, own = item if isinstance(item, tuple) else (item, {})
         if not isinstance(x, Tensor) or x.ndim == 0:
             raise TypeError(
                 f"the source gave a {type(item).__name__}; expected tensors of shape (n, *S), or pairs of one and the "
                 "network's keyword arguments"
             )
-        yield Chunk(x, cond, torch.arange(first, first + len(x)))
+        numbers = torch.arange(first, first + len(x))
+        yield Chunk(x, {**rows_of(cond, numbers), **settled(own, len(x))}, numbers)
         first += len(x)
 
 

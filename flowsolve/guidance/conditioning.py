@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from flowsolve._batch import take
+from flowsolve._batch import Whose, take
 
 __all__ = ["RESERVED", "join", "own", "replaced", "select"]
 
@@ -22,9 +22,15 @@ RESERVED = ("unconditional", "classifier", "measurement")
 
 
 def own(cond: Any, count: int) -> Any:
-    """For each leaf of a tree whether it is a tensor with one row for each of so many samples."""
+    """For each leaf of a tree whether it is a tensor with one row for each of so many samples, or marked as one."""
     leaves, spec = _apart(cond)
-    return _together([isinstance(v, Tensor) and v.ndim > 0 and v.shape[0] == count for v in leaves], spec)
+    return _together(
+        [
+            v.own if isinstance(v, Whose) else isinstance(v, Tensor) and v.ndim > 0 and v.shape[0] == count
+            for v in leaves
+        ],
+        spec,
+    )
 
 
 def _apart(value: Any) -> tuple[list[Any], Any]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flowsolve._batch import MARK, per_sample, send, state_dtype, take
+from flowsolve.conditioning import plain
 from flowsolve.flow import Flow
 from flowsolve.guidance.base import STRAIGHT, Guided, Schedule, host, straight
 from flowsolve.guidance.conditioning import own, select
@@ -88,7 +89,8 @@ class Extrapolation(Guided):
     def call(self, x: Tensor, t: float | Tensor, *, clock: Callable[[Any], Any] | None = None, **cond: Any) -> Tensor:
         """The output at (x, t) in the row of `prediction`, in x's dtype (float32 at least)."""
         marks = cond.pop(MARK, None)
-        marks = own(cond, len(x)) if marks is None else marks
+        if marks is None:
+            marks, cond = own(cond, len(x)), plain(cond)
         when: Any = t  # a time on a device is read only where something depends on it
         if self._timed:
             when = host(t)

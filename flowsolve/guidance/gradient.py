@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from flowsolve._batch import MARK, per_sample, send, take
+from flowsolve.conditioning import plain
 from flowsolve.flow import Flow, network_time
 from flowsolve.guidance.base import STRAIGHT, Guided, Interval, Schedule, host, moved, require_flow, straight
 from flowsolve.guidance.conditioning import own, select
@@ -82,7 +83,8 @@ class _Gradient(Guided):
     def call(self, x: Tensor, t: float | Tensor, *, clock: Callable[[Any], Any] | None = None, **cond: Any) -> Tensor:
         """The output at (x, t) in the straight row, in x's dtype (float32 at least)."""
         marks = cond.pop(MARK, None)
-        marks = own(cond, len(x)) if marks is None else marks
+        if marks is None:
+            marks, cond = own(cond, len(x)), plain(cond)
         given, cond = cond.get(self.keyword, {}), {k: v for k, v in cond.items() if k != self.keyword}
         its, marks = marks.get(self.keyword, {}), {k: v for k, v in marks.items() if k != self.keyword}
         weights = self.schedule.weight(self.path, t if self.schedule.constant else host(t))
@@ -93,11 +95,11 @@ class _Gradient(Guided):
             return self._guided(x, t, weights, clock, cond, marks, given)
         rest = np.flatnonzero(weights == 0.0)
         assert isinstance(t, Tensor)
-        plain = self._plain(take(x, rest), take(t, rest), clock, select(cond, marks, rest), marks)
+        alone = self._plain(take(x, rest), take(t, rest), clock, select(cond, marks, rest), marks)
         here, when, some = take(x, guided), take(t, guided), select(cond, marks, guided)
         made = self._guided(here, when, weights[guided], clock, some, marks, select(given, its, guided))
         order = send(torch.from_numpy(np.argsort(np.concatenate((rest, guided)))), x)
-        return torch.cat((plain, made)).index_select(0, order)
+        return torch.cat((alone, made)).index_select(0, order)
 
     def _plain(self, x: Tensor, t: Any, clock: Any, cond: dict[str, Any], marks: Any) -> Tensor:
         """The straight output of the flow itself."""

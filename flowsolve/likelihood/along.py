@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any, cast
@@ -69,7 +69,6 @@ class Along:
         grid: the nodes, as a spacing of `flowsolve.grids` or explicit times; by default `curve.nodes`.
         repeats: how many of the evaluations are second looks; by default those of `second_looks`.
         graph: keep derivatives.
-        shared: conditioning of all samples.
     """
 
     gradient = "direct"
@@ -87,11 +86,10 @@ class Along:
         grid: Any = None,
         repeats: int | None = None,
         graph: bool = False,
-        shared: Mapping[str, Any] | None = None,
     ) -> None:
         path = flow.path
         self.flow, self.solver, self.trace, self.prior, self.seed = flow, solver, trace, prior, seed
-        self.graph, self.shared = graph, dict(shared or {})
+        self.graph = graph
         self.start, self.end = interval
         self.samples = self.start < self.end
         self.data_end, self.noise_end = max(interval), min(interval)
@@ -169,7 +167,7 @@ class Along:
         x = state(chunk.x)
         self.shape = one_shape(x, self.shape)
         probes = self.trace.draw(x.detach(), Noise(self.seed, chunk.samples))
-        cond = self.flow.conditioned({**self.shared, **chunk.cond}, len(x))
+        cond = self.flow.conditioned(chunk.cond, len(x))
         return x, Context({"cond": cond, "probes": probes}, len(x))
 
     def ode(self) -> Any:

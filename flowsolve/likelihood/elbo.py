@@ -54,6 +54,7 @@ from torch import Tensor
 
 from flowsolve._arguments import check_flow, state
 from flowsolve._batch import rows
+from flowsolve.conditioning import settled
 from flowsolve.flow import Flow
 from flowsolve.likelihood.bits import level_count
 from flowsolve.likelihood.bound_times import BoundTimes
@@ -178,12 +179,12 @@ def variational_bound(
         decoder = Levels(transform, count, x, s, dtype)
     else:
         decoder = Dequantized(transform, count, x, s, dtype, resolve(dequantize, flow, start, transform, count), noise)
-    totals = []
+    totals, given = [], settled(cond, len(x))
     for draw in range(draws):
         z, cost = decoder.data(draw)
         eps = noise.normal(BOUND, 2 * draw, z)
         with torch.no_grad():
-            diffusion = clock.rate(draw) * _miss(flow, z, eps, clock.times(draw), dict(cond or {}))
+            diffusion = clock.rate(draw) * _miss(flow, z, eps, clock.times(draw), given)
         parts = _prior(flow, end, s0, z), diffusion, cost(eps)
         totals.append(torch.stack([p.cpu().double() for p in parts]))
     return _summary(torch.stack(totals), size, draws * flow.nfe_per_call, low_discrepancy, (start, end))

@@ -19,7 +19,6 @@ $\kappa$ = atol/tolerance.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -62,7 +61,6 @@ class Joint:
         tolerance: absolute tolerance of log p in nats for an adaptive solver, instead of its atol.
         gradient: "direct" or "checkpoint".
         graph: keep derivatives.
-        shared: conditioning of all samples.
     """
 
     def __init__(
@@ -80,14 +78,13 @@ class Joint:
         tolerance: float | None = None,
         gradient: str = "direct",
         graph: bool = False,
-        shared: Mapping[str, Any] | None = None,
     ) -> None:
         if gradient == "adjoint":
             raise ValueError("log_prob has no adjoint: it would take third derivatives; use gradient='checkpoint'")
         check_gradient(gradient, solver)
         self.flow, (self.start, self.end) = flow, interval
         self.samples = self.start < self.end
-        self.gradient, self.seed, self.prior, self.shared = gradient, seed, prior, dict(shared or {})
+        self.gradient, self.seed, self.prior = gradient, seed, prior
         self.mode, self.graph, self.trace = gradient if graph else "direct", graph, trace
         self.ruler = charts.CHARTS["straight"] if chart is None else charts.resolve(chart)
         path = flow.path
@@ -125,7 +122,7 @@ class Joint:
         self.shape = one_shape(x, self.shape)
         probes = self.trace.draw(x.detach(), Noise(self.seed, chunk.samples))
         # What the solve sets out from is kept: the other end of a sample.
-        cond = self.flow.conditioned({**self.shared, **chunk.cond}, len(x))
+        cond = self.flow.conditioned(chunk.cond, len(x))
         tree = {"cond": cond, "probes": probes, "begin": x}
         first = rows(x) / self.ruler.scale(self.flow.path.at(self.start))
         return torch.cat((first, first.new_zeros(len(x), self.trace.count)), 1), Context(tree, len(x))

@@ -18,6 +18,7 @@ from torch import Tensor
 from flowsolve import charts
 from flowsolve._arguments import check_flow, check_solver, device_of, shape_of, state
 from flowsolve.charts import Chart
+from flowsolve.conditioning import settled
 from flowsolve.flow import Flow
 from flowsolve.integrate import passed
 from flowsolve.likelihood import prior as priors
@@ -79,7 +80,8 @@ def log_prob(
             (`flowsolve.likelihood.prior`), or a function (B, *S) → (B,).
         repeats: along a curve: how many of nfe are second looks; by default up to 3.
         tolerance: with an adaptive solver: the absolute tolerance of log p in nats, instead of its atol.
-        cond: passed to the network; tensors whose first dimension is B are taken per sample.
+        cond: the network's keyword arguments, tensors or what it takes as it is. A tensor whose first dimension is B
+            has a row a sample, any other is shared by all; see `flowsolve.shared` and `flowsolve.per_sample`.
         batch: the most samples the network sees at a time, by default all; see `flowsolve.sample`.
         progress: show a progress bar (needs tqdm).
         throw: raise if any sample fails.
@@ -114,7 +116,7 @@ def log_prob(
         prior=prior, repeats=repeats, tolerance=tolerance, gradient=gradient, graph=graph,
     )  # fmt: skip
     noise = Noise.for_batch(seed, len(x), samples)
-    return _found(job, Chunk(x, dict(cond or {}), noise.samples), batch, progress, throw, graph)
+    return _found(job, Chunk(x, settled(cond, len(noise.samples)), noise.samples), batch, progress, throw, graph)
 
 
 def falling(flow: Flow, interval: tuple[float, float] | None) -> tuple[float, float]:
@@ -197,7 +199,7 @@ def sample_log_prob(
         flow, (begin, end), solver=solver, trace=trace, probes=probes, seed=seed, nfe=nfe, grid=grid, chart=chart,
         prior=prior, repeats=repeats, tolerance=tolerance, gradient=gradient, graph=graph,
     )  # fmt: skip
-    return _found(job, Chunk(x, dict(cond or {}), noise.samples), batch, progress, throw, graph)
+    return _found(job, Chunk(x, settled(cond, len(noise.samples)), noise.samples), batch, progress, throw, graph)
 
 
 def reading(
@@ -216,7 +218,6 @@ def reading(
     tolerance: float | None = None,
     gradient: str = "direct",
     graph: bool = False,
-    shared: Mapping[str, Any] | None = None,
 ) -> Along | Joint:
     """The job that answers, planned once for any number of batches. The arguments are those of `log_prob`."""
     if torch.is_inference_mode_enabled():
@@ -232,7 +233,7 @@ def reading(
             raise TypeError(f"repeats={repeats!r} is for a likelihood along a curve, not for {method!r}; drop it")
         return Joint(
             flow, interval, solver=method, trace=estimator, prior=known, seed=seed, nfe=nfe, grid=grid, chart=chart,
-            tolerance=tolerance, gradient=gradient, graph=graph, shared=shared,
+            tolerance=tolerance, gradient=gradient, graph=graph,
         )  # fmt: skip
     if not isinstance(method, EstimateSolver) or method.random:
         raise TypeError(
@@ -246,7 +247,7 @@ def reading(
         raise TypeError(f"gradient={gradient!r} needs a Runge–Kutta solver; a curve has gradient='direct' only")
     return Along(
         flow, interval, solver=method, trace=estimator, prior=known, seed=seed, nfe=nfe, grid=grid, repeats=repeats,
-        graph=graph, shared=shared,
+        graph=graph,
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from flowsolve._arguments import device_of
+from flowsolve.conditioning import common, rows_of
 from flowsolve.flow import Flow
 from flowsolve.likelihood import bits_per_dim
 from flowsolve.likelihood.bits import level_count
@@ -117,6 +118,7 @@ def nll(
         solver=solver, dequantize=dequantize, importance=importance, draws=draws, seed=seed,
         **{name: value for name, value in options.items() if value is not None},
     )  # fmt: skip
+    task.cond = common(options.get("cond"), (source.count, batch))
     task.settings = {
         "flow": fingerprint(flow),
         "data": source.identity,
@@ -165,6 +167,7 @@ class _Reading(Task):
         **dict.fromkeys(ERRORS, "REAL"),
     }
     options: dict[str, Any]
+    cond: dict[str, Any]
 
     def __init__(self, flow: Flow, source: Data, batch: int, on_error: str, levels: int) -> None:
         self.flow, self.source, self.batch, self.on_error, self.levels = flow, source, batch, on_error, levels
@@ -218,6 +221,7 @@ class _Reading(Task):
             return {}
         x = torch.stack(list(images.values())).to(self.device)
         call = dict(levels=self.levels, samples=list(images), **self.options)
+        call["cond"] = rows_of(self.cond, list(images))
         failed: dict[int, str] = {}
         try:
             found = bits_per_dim(self.flow, x, **call)

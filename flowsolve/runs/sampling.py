@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from flowsolve._arguments import device_of, shape_of
+from flowsolve.conditioning import common, rows_of
 from flowsolve.flow import Flow
 from flowsolve.integrate import sample as solve
 from flowsolve.noise import START, Noise
@@ -94,7 +95,7 @@ def sample(
         resume: go on with the run that is in `out`, if there is one.
         progress: show a progress bar (rank 0).
         notes: kept in the manifest and in metadata.json.
-        **options: grid, chart, final, noise and cond (shared by all samples), as for `flowsolve.sample`.
+        **options: grid, chart, final, noise and cond, as for `flowsolve.batching.sample`.
 
     Returns:
         What metadata.json holds; None where other processes have not finished yet, of which the last writes it.
@@ -116,6 +117,7 @@ def sample(
     event = _event(flow, shape, source)
     task = _Drawing(flow, n, event, batch, on_error)
     task.options = dict(solver=solver, nfe=nfe, seed=seed, **options)
+    task.cond = common(options.get("cond"), (n, batch))
     task.levels = pictures.levels(flow, event)
     task.raw = raw or task.levels is None
     task.folder = out / "images" if png and task.levels is not None else None
@@ -174,6 +176,7 @@ class _Drawing(Task):
     name = "sample"
     columns: Mapping[str, str] = dict(nfe="INTEGER", status="TEXT", error="TEXT", pixels="BLOB", x="BLOB")
     options: dict[str, Any]
+    cond: dict[str, Any]
     raw: bool
     levels: int | None
     folder: Path | None
@@ -196,6 +199,7 @@ class _Drawing(Task):
 
     def _rows(self, numbers: range) -> list[Row]:
         call = dict(samples=list(numbers), throw=False, **self.options)
+        call["cond"] = rows_of(self.cond, numbers)
         if self.images is None:
             solution = solve(self.flow, (len(numbers), *self.event), **call)
         else:
