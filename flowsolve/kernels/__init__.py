@@ -11,14 +11,15 @@ On the host, `aim` and `judge` are the arithmetic of step control (`flowsolve.ke
 
 Each has a twin in plain torch (`flowsolve.kernels.twin`), which runs anywhere and which autograd sees through, and
 fused versions that pass over memory once: numba on the CPU (`cpu`), Triton on CUDA (`cuda`). The fused ones serve where
-no gradient is recorded and the tensors are contiguous and plain. Sums of slopes agree to rounding; normals have the
-same bits in all versions.
+no gradient is recorded and the tensors are contiguous and plain. On the CPU, sums of slopes, decisions about steps and
+normals have the same bits in all versions (see `twin`), on CUDA normals have, and sums agree to rounding.
 
 **When is a compiler worth waiting for?** Loading the compiled kernels costs about a second (the first time on a
 machine, some more), so a short solve must not wait for them. The rule is the ski rental's: the twin serves until it has
 cost what loading would (by a fixed estimate of its work, not by a clock, so that a program's numbers are the same
-whenever it runs), then the kernels are loaded and kept on disk. `use` says otherwise, for a block or, in the
-environment variable FLOWSOLVE_KERNELS, for a process: "auto", "torch" (twins only) or "fused" (at once).
+whenever it runs), then the kernels are loaded and kept on disk. On the CPU that decides nothing but speed. `use` says
+otherwise, for a block or, in the environment variable FLOWSOLVE_KERNELS, for a process: "auto", "torch" (twins only) or
+"fused" (at once).
 """
 
 from __future__ import annotations

@@ -3,6 +3,9 @@ r"""The arithmetic of step control on the host: where each sample's next step go
 Samples are columns. `real` has the rows s (time reached), h (signed size of the next step), and the logs of the errors
 of the last two accepted steps; `counts` has the rows accepted, rejected, rejections in a row, evaluations, status.
 
+Logarithms and exponentials are rounded to float32: libraries differ in their last bits, and a step must have the same
+size whichever of them computed it.
+
 A `Law` is a controller's formula with its limits as plain numbers, so that compiled code can follow it
 (`flowsolve.solvers.controllers` has the formula). Statuses are the numbers of `flowsolve.solvers.Status`.
 """
@@ -15,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Law", "Verdict", "aim", "judge"]
+__all__ = ["Law", "Verdict", "aim", "judge", "rounded"]
 
 Vector = NDArray[np.float64]
 Count = NDArray[np.int64]
@@ -100,11 +103,11 @@ def judge(error: Vector, real: Vector, counts: Count, h: Vector, s_next: Vector,
     rule = Law(*law.tolist())
     accepted, finite = error <= 1.0, np.isfinite(error)
     arrives = s_next == s_end
-    logs = np.log(np.maximum(np.where(finite, error, 1.0), FINEST))
-    gain = rule.safety * np.exp(-rule.beta1 * logs - rule.beta2 * real[LAST] - rule.beta3 * real[BEFORE])
+    logs = rounded(np.log(np.maximum(np.where(finite, error, 1.0), FINEST)))
+    gain = rule.safety * rounded(np.exp(-rule.beta1 * logs - rule.beta2 * real[LAST] - rule.beta3 * real[BEFORE]))
     first = counts[ACCEPTED] + counts[REJECTED] == 0
     gain = np.minimum(gain, np.where(first, rule.first_factor, rule.max_factor))
-    loss = np.minimum(rule.safety * np.exp(-rule.elementary * logs), 1.0)
+    loss = np.minimum(rule.safety * rounded(np.exp(-rule.elementary * logs)), 1.0)
     factor = np.where(finite, np.maximum(np.where(accepted, gain, loss), rule.min_factor), 0.1)
     factor = np.where(counts[STREAK] > 0, np.minimum(factor, 1.0), factor)
     size = np.abs(h * factor)
@@ -136,3 +139,8 @@ def judge(error: Vector, real: Vector, counts: Count, h: Vector, s_next: Vector,
     status[stuck & ~finite] = NONFINITE
     status[accepted & arrives] = SUCCESS
     return Verdict(accepted, int(accepted.sum()), int((status != RUNNING).sum()), after, tally)
+
+
+def rounded(v: Vector) -> Vector:
+    """Numbers to the precision of float32."""
+    return v.astype(np.float32).astype(np.float64)

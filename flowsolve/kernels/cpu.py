@@ -5,6 +5,9 @@ slopes are. So a call passes few arguments, and one compiled function serves any
 that of a scalar `one` in the inner functions. Large states are split over torch's number of threads where numba has a
 threading layer that may be called from several threads at once. Sums of squares are kept in float64.
 
+No product is fused with a sum and nothing but squares is added up in another order than the twins add it: every number
+of a state has the bits that plain torch gives it, wherever it stands in a batch (`flowsolve.kernels.twin`).
+
 Beside them stands the arithmetic of step control on the host (`aim` and `judge`), whose twin is
 `flowsolve.kernels.control`.
 """
@@ -51,7 +54,7 @@ MOST = 16  # slopes of a step
 VACANT = np.zeros(FIRST + MOST, dtype=np.int64)
 DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
 TINY = {dtype: torch.finfo(dtype).tiny for dtype in DTYPES}
-FAST = {"contract", "reassoc", "nsz"}  # not nnan or ninf: what is not finite must stay visible
+REORDERED = {"reassoc"}  # of squares in float64, whose sum is rounded to float32 in the end
 
 PROCESS = os.getpid()
 THREADED = any(find_spec(f"numba.np.ufunc.{layer}") for layer in ("tbbpool", "omppool"))
@@ -59,7 +62,7 @@ THREADED = any(find_spec(f"numba.np.ufunc.{layer}") for layer in ("tbbpool", "om
 
 def _compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """The function compiled on first use, and kept on disk where there is a place for it."""
-    settings = {"nogil": True, "fastmath": FAST, "error_model": "numpy", **options}
+    settings = {"nogil": True, "error_model": "numpy", **options}
     try:
         return numba.njit(cache=True, **settings)(function)  # type: ignore[no-any-return]
     except RuntimeError:  # no directory can be written to
@@ -67,6 +70,7 @@ def _compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any
 
 
 _split = partial(_compiled, parallel=True)
+_squared = partial(_compiled, fastmath=REORDERED)
 
 
 @intrinsic
@@ -91,50 +95,64 @@ def _as(typing: Any, value: Any, one: Any) -> Any:
 
 @_compiled
 def _accumulate(one, n, out, base, offset, plan, stages, weights, h):  # type: ignore[no-untyped-def]
-    """n numbers of out = base + h Σ w k, from an offset in bytes into the plan's slopes."""
+    """n numbers of out = base + Σ (h w) k, from an offset in bytes into the plan's slopes."""
     m = stages.size
     if m == 0:
         for i in range(n):
             out[i] = base[i]
-    for j in range(0, m, 3):  # three streams at a time; a missing one is the first, with weight 0
-        two, three = j + 1 < m, j + 2 < m
-        k0 = _at(plan[FIRST + stages[j]] + offset, one)
-        k1 = _at(plan[FIRST + stages[j + 1 if two else j]] + offset, one)
-        k2 = _at(plan[FIRST + stages[j + 2 if three else j]] + offset, one)
-        w0 = _as(h * weights[j], one)
-        w1 = _as(h * weights[j + 1] if two else 0.0, one)
-        w2 = _as(h * weights[j + 2] if three else 0.0, one)
-        for i in range(n):
-            out[i] = base[i] + (w0 * k0[i] + w1 * k1[i] + w2 * k2[i])
+    j = 0
+    while j < m:  # three streams at a time, added in their order
+        k0, w0 = _at(plan[FIRST + stages[j]] + offset, one), _as(h * weights[j], one)
+        if j + 2 < m:
+            k1, w1 = _at(plan[FIRST + stages[j + 1]] + offset, one), _as(h * weights[j + 1], one)
+            k2, w2 = _at(plan[FIRST + stages[j + 2]] + offset, one), _as(h * weights[j + 2], one)
+            for i in range(n):
+                out[i] = ((base[i] + w0 * k0[i]) + w1 * k1[i]) + w2 * k2[i]
+            j += 3
+        elif j + 1 < m:
+            k1, w1 = _at(plan[FIRST + stages[j + 1]] + offset, one), _as(h * weights[j + 1], one)
+            for i in range(n):
+                out[i] = (base[i] + w0 * k0[i]) + w1 * k1[i]
+            j += 2
+        else:
+            for i in range(n):
+                out[i] = base[i] + w0 * k0[i]
+            j += 1
         base = out
 
 
 @_compiled
-def _accumulate_rows(one, width, n, out, base, first, plan, stages, weights, h):  # type: ignore[no-untyped-def]
-    """The same for short rows: n numbers of out = base + h Σ w k from number `first` on, h multiplied in last."""
-    zero = _as(0.0, one)
-    for i in range(n):
-        out[i] = zero
-    _accumulate(one, n, out, out, first * plan[SIZE], plan, stages, weights, 1.0)
-    row, i = first // width, 0
-    while i < n:
-        step = _as(h[row], one)
-        row += 1
-        stop = min(n, row * width - first)
-        while i < stop:
-            out[i] = base[i] + step * out[i]
-            i += 1
+def _accumulate_rows(one, width, n, out, base, spread, first, plan, stages, weights, h):  # type: ignore[no-untyped-def]
+    """The same for short rows: n numbers of out from number `first` on, with each row's h w spread over its numbers."""
+    offset = first * plan[SIZE]
+    if stages.size == 0:
+        for i in range(n):
+            out[i] = base[i]
+    for j in range(stages.size):
+        row, i = first // width, 0
+        while i < n:
+            w = _as(h[row if h.size > 1 else 0] * weights[row if weights.shape[0] > 1 else 0, j], one)
+            row += 1
+            stop = min(n, row * width - first)
+            while i < stop:
+                spread[i] = w
+                i += 1
+        k = _at(plan[FIRST + stages[j]] + offset, one)
+        for i in range(n):
+            out[i] = base[i] + spread[i] * k[i]
+        base = out
 
 
 @_compiled
-def _advance_part(one, plan, out, h, stages, weights, first, last):  # type: ignore[no-untyped-def]
+def _advance_part(one, plan, work, out, h, stages, weights, first, last):  # type: ignore[no-untyped-def]
     """Numbers first … last of y + h Σ w k."""
     size, width = plan[SIZE], plan[WIDTH]
+    spread = _at(work.ctypes.data, one)
     i = first
-    while width <= NARROW and h.size > 1 and weights.shape[0] == 1 and i < last:
+    while width <= NARROW and h.size > 1 and i < last:
         n, offset = min(BLOCK, last - i), i * size
         base = _at(plan[STATE] + offset, one)
-        _accumulate_rows(one, width, n, _at(out + offset, one), base, i, plan, stages, weights[0], h)
+        _accumulate_rows(one, width, n, _at(out + offset, one), base, spread, i, plan, stages, weights, h)
         i += n
     while i < last:
         row = i // width
@@ -147,22 +165,32 @@ def _advance_part(one, plan, out, h, stages, weights, first, last):  # type: ign
 
 
 @_compiled
-def _advance(plan, out, h, stages, weights):  # type: ignore[no-untyped-def]
+def _advance(plan, work, out, h, stages, weights):  # type: ignore[no-untyped-def]
     if plan[SIZE] == 4:
-        _advance_part(np.float32(1.0), plan, out, h, stages, weights, 0, plan[NUMBERS])
+        _advance_part(np.float32(1.0), plan, work[0], out, h, stages, weights, 0, plan[NUMBERS])
     else:
-        _advance_part(1.0, plan, out, h, stages, weights, 0, plan[NUMBERS])
+        _advance_part(1.0, plan, work[0], out, h, stages, weights, 0, plan[NUMBERS])
 
 
 @_split
-def _advance_split(plan, out, h, stages, weights):  # type: ignore[no-untyped-def]
+def _advance_split(plan, work, out, h, stages, weights):  # type: ignore[no-untyped-def]
     parts, numbers = plan[PARTS], plan[NUMBERS]
     for p in prange(parts):
         first, last = numbers * p // parts, numbers * (p + 1) // parts
         if plan[SIZE] == 4:
-            _advance_part(np.float32(1.0), plan, out, h, stages, weights, first, last)
+            _advance_part(np.float32(1.0), plan, work[p], out, h, stages, weights, first, last)
         else:
-            _advance_part(1.0, plan, out, h, stages, weights, first, last)
+            _advance_part(1.0, plan, work[p], out, h, stages, weights, first, last)
+
+
+@_squared
+def _squares(local, first, last):  # type: ignore[no-untyped-def]
+    """The sum of their squares."""
+    total = 0.0
+    for k in range(first, last):
+        v = np.float64(local[k])
+        total += v * v
+    return total
 
 
 @_compiled
@@ -171,7 +199,8 @@ def _error_part(one, plan, work, totals, ahead, h, stages, weights, tolerances, 
     size, width = plan[SIZE], plan[WIDTH]
     atol, rtol, tiny = _as(tolerances[0], one), _as(tolerances[1], one), _as(tolerances[2], one)
     local, zero = _at(work[0].ctypes.data, one), _at(work[1].ctypes.data, one)
-    short = width <= NARROW and h.size > 1 and weights.shape[0] == 1
+    spread = _at(work[2].ctypes.data, one)
+    short = width <= NARROW and h.size > 1
     i = first
     while i < last:
         row = i // width
@@ -179,7 +208,7 @@ def _error_part(one, plan, work, totals, ahead, h, stages, weights, tolerances, 
         offset = i * size
         a, b = _at(plan[STATE] + offset, one), _at(ahead + offset, one)
         if short:
-            _accumulate_rows(one, width, n, local, zero, i, plan, stages, weights[0], h)
+            _accumulate_rows(one, width, n, local, zero, spread, i, plan, stages, weights, h)
         else:
             step = h[row if h.size > 1 else 0]
             w = weights[row if weights.shape[0] > 1 else 0]
@@ -197,11 +226,7 @@ def _error_part(one, plan, work, totals, ahead, h, stages, weights, tolerances, 
                         most = v
                 totals[row] = most
             else:
-                total = 0.0
-                for k in range(j, stop):
-                    v = np.float64(local[k])
-                    total += v * v
-                totals[row] += total
+                totals[row] += _squares(local, j, stop)
             j, row = stop, row + 1
         i += n
 
@@ -276,14 +301,16 @@ def judge(error, real, counts, h, s_next, s_end, law):  # type: ignore[no-untype
         good = e <= 1.0
         finite = np.isfinite(e)
         arrives = s_next[b] == s_end
-        log_error = np.log(max(e if finite else 1.0, FINEST))
+        log_error = np.float64(np.float32(np.log(max(e if finite else 1.0, FINEST))))
         factor = 0.1
         if good:
             power = -beta1 * log_error - beta2 * real[2, b] - beta3 * real[3, b]
-            factor = min(safety * np.exp(power), opening if tally[0, b] + tally[1, b] == 0 else highest)
+            factor = min(
+                safety * np.float64(np.float32(np.exp(power))), opening if tally[0, b] + tally[1, b] == 0 else highest
+            )
             factor = max(factor, lowest)
         elif finite:
-            factor = max(min(safety * np.exp(-elementary * log_error), 1.0), lowest)
+            factor = max(min(safety * np.float64(np.float32(np.exp(-elementary * log_error))), 1.0), lowest)
         if tally[2, b] > 0:
             factor = min(factor, 1.0)
         size = abs(step * factor)
@@ -332,8 +359,10 @@ def plan(y: Tensor) -> Indices:
 
 def advance(y: Tensor, plan: Indices, h: Vector, stages: Indices, weights: Vector) -> Tensor:
     """y + h Σ_j w_j k_j; see `flowsolve.kernels.Slopes.advance`."""
-    out = torch.empty_like(y)
-    (_advance_split if plan[PARTS] else _advance)(plan, out.data_ptr(), h, stages, weights)
+    out, parts = torch.empty_like(y), int(plan[PARTS])
+    spread = int(plan[WIDTH]) <= NARROW and len(h) > 1
+    work = np.empty((parts or 1, min(BLOCK, y.numel()) if spread else 1))
+    (_advance_split if parts else _advance)(plan, work, out.data_ptr(), h, stages, weights)
     return out
 
 
@@ -351,7 +380,7 @@ def error_norm(
     """The norm of the local error in units of the tolerance; see `flowsolve.kernels.Slopes.error_norm`."""
     parts, maximum, dtype, width = int(plan[PARTS]), norm is largest, DTYPES[y.dtype], int(plan[WIDTH])
     totals = np.empty((parts or 1, len(y)))
-    work = np.empty((parts or 1, 2, min(BLOCK, y.numel())), dtype=dtype)
+    work = np.empty((parts or 1, 3, min(BLOCK, y.numel())), dtype=dtype)
     tolerances = (atol, rtol, TINY[y.dtype])
     if not parts:
         _error(plan, work, totals, ahead.data_ptr(), h, stages, weights, tolerances, maximum)

@@ -1,8 +1,21 @@
-"""The kernels in plain torch: for every device and dtype, for autograd, and for the fused ones to be tested against."""
+r"""The kernels in plain torch: for every device and dtype, for autograd, and for the fused ones to be tested against.
+
+**The same bits.** Which version serves, and where in a batch a sample stands, must not show in its result: steps are
+accepted or not by a comparison, so what begins as a rounding can end as another number of evaluations. On the CPU it
+does not:
+
+* A state is $((y + w_1 k_1) + w_2 k_2) + \dots$, each product and each sum rounded on its own. (torch's `add(alpha=)`
+  and `addcmul` fuse them in the vectorised part of a loop and not in its rest, so that a number's bits depend on where
+  it stands.)
+  Where gradients are recorded only the twin serves, and fuses them.
+* Norms are sums in float64, whose order is anybody's, rounded to float32 in the end: what the order changes,
+  $10^{-16}$, meets a rounding boundary in one case of $10^8$.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +28,11 @@ __all__ = ["error_norm", "host", "largest", "merge", "rms", "scale", "weighted"]
 
 
 def rms(x: Tensor) -> Tensor:
-    """The root mean square of each sample: (B, *S) to (B,)."""
-    return rows(x).square().mean(1).sqrt()
+    """The root mean square of each sample, (B, *S) to (B,): float64 on the CPU, of x's dtype elsewhere."""
+    flat = rows(x)
+    wide = torch.float64 if flat.is_cpu else flat.dtype  # not every device knows float64
+    norm: Tensor = torch.linalg.vector_norm(flat, dim=1, dtype=wide)
+    return norm / max(1, flat.shape[1]) ** 0.5
 
 
 def largest(x: Tensor) -> Tensor:
@@ -40,16 +56,21 @@ def weighted(slopes: Sequence[Tensor], weights: NDArray[np.float64], base: Tenso
             raise ValueError("nothing to add up: no slopes and no state")
         return base
     total, fresh = base, False  # fresh: `total` is ours to write to
+    numbers: Sequence[Any]
     if len(weights) == 1:
-        for w, k in zip(weights[0].tolist(), slopes, strict=True):
-            total = w * k if total is None else (total.add_ if fresh else total.add)(k, alpha=w)
-            fresh = not total.requires_grad
+        numbers = weights[0].tolist()
     else:
         like = slopes[0]
         table = send(torch.from_numpy(weights), like, like.dtype).reshape(*weights.shape, *[1] * (like.ndim - 1))
-        for w, k in zip(table.unbind(1), slopes, strict=True):
-            total = w * k if total is None else (total.addcmul_ if fresh else total.addcmul)(w, k)
-            fresh = not total.requires_grad
+        numbers = table.unbind(1)
+    for w, k in zip(numbers, slopes, strict=True):
+        if total is not None and (total.requires_grad or k.requires_grad):  # one node of the graph, not two
+            total = torch.addcmul(total, w, k) if isinstance(w, Tensor) else torch.add(total, k, alpha=w)
+            fresh = False
+            continue
+        part = k * w
+        total = part if total is None else total.add_(part) if fresh else total + part
+        fresh = not part.requires_grad
     assert total is not None
     return total
 

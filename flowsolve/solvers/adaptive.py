@@ -231,7 +231,7 @@ class Adaptive(RungeKutta):
         else:
             with torch.no_grad():
                 scale = twin.scale(y.abs(), self.atol, self.rtol)
-                d0, d1 = host(torch.stack((self.norm(y / scale), self.norm(slope / scale))))
+                d0, d1 = control.rounded(host(torch.stack((self.norm(y / scale), self.norm(slope / scale)))))
             finite = np.isfinite(d1)
             with np.errstate(all="ignore"):  # samples that are not finite are ended below
                 h0 = np.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
@@ -241,9 +241,9 @@ class Adaptive(RungeKutta):
             euler = slopes.advance(sign * h0, *EULER.solution)
             ahead = yield Query(euler, torch.from_numpy(start + sign * h0))
             with torch.no_grad(), np.errstate(all="ignore"):
-                d2 = host(self.norm((ahead - slope) / scale)) / h0
+                d2 = control.rounded(host(self.norm((ahead - slope) / scale))) / h0
                 most = np.maximum(d1, np.where(np.isnan(d2), np.inf, d2))
-                root = (0.01 / most) ** (1.0 / (self.pair.error_order + 1))
+                root = control.rounded((0.01 / most) ** (1.0 / (self.pair.error_order + 1)))
                 h = np.where(most <= 1e-15, np.maximum(h0 * 1e-3, 1e-6), root)
                 h = np.minimum(100.0 * h0, np.where(h > 0.0, h, h0))
         real, counts = np.zeros((4, count)), np.zeros((5, count), dtype=np.int64)
@@ -319,8 +319,8 @@ class Adaptive(RungeKutta):
             for stages, weights in self.pair.errors
         ]
         if len(norms) == 1:
-            return host(norms[0])
-        e5, e3 = host(torch.stack(norms))
+            return control.rounded(host(norms[0]))
+        e5, e3 = control.rounded(host(torch.stack(norms)))
         with np.errstate(all="ignore"):
             both: Vector = e5 * e5 / np.sqrt(e5 * e5 + 0.01 * e3 * e3)
         return np.where((e5 == 0.0) & (e3 == 0.0), 0.0, both)

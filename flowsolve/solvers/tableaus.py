@@ -156,9 +156,10 @@ class Tableau:
 
     def weights(self, theta: Vector) -> Vector:
         """b_i(θ), shape (P, stages) for θ of shape (P,)."""
-        p = self._polynomials
-        powers: Vector = theta[:, None] ** np.arange(1, p.shape[1] + 1)
-        return powers @ p.T
+        total: Vector = np.zeros((len(theta), len(self.dense)))
+        for column in self._polynomials.T[::-1]:  # Horner's rule: a product of matrices would round by the batch's size
+            total = (total + column) * theta[:, None]
+        return total
 
 
 def _pairs(row: Row) -> tuple[tuple[int, float], ...]:

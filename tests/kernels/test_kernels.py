@@ -629,6 +629,11 @@ def decide(request: pytest.FixtureRequest) -> Callable[..., dict[str, Any]]:
     return decided
 
 
+ROUNDED = 2.0**-24 * 8
+"""Of a factor: its exponential and the logarithms are rounded to float32, and those (23 at most) enter with exponents
+whose sum is below a third."""
+
+
 @pytest.mark.parametrize("h", [1.0, -1.0])
 def test_the_formula_of_a_controller(decide: Any, h: float) -> None:
     """Dopri5's estimate is of order 4: k = 5."""
@@ -642,29 +647,32 @@ def test_the_formula_of_a_controller(decide: Any, h: float) -> None:
     ):
         found = decide(e, solver=Dopri5(controller=controller), **history)
         expected = controller.safety * e ** (-beta[0] / 5) * e1 ** (-beta[1] / 5) * e2 ** (-beta[2] / 5)
-        assert found["factor"] == pytest.approx(expected, rel=1e-13)
+        assert found["factor"] == pytest.approx(expected, rel=ROUNDED)
         assert (found["ok"], found["s"], found["status"]) == (True, h, RUNNING)
-        assert (found["last"], found["before"]) == (pytest.approx(math.log(e)), pytest.approx(math.log(e1)))
+        assert (found["last"], found["before"]) == (
+            pytest.approx(math.log(e), rel=2.0**-24),
+            pytest.approx(math.log(e1)),
+        )
     # dop853's estimate is of order 7: k = 8.
     found = decide(e, solver=Dopri8(controller=I()), **history)
-    assert found["factor"] == pytest.approx(0.9 * e ** (-1 / 8), rel=1e-13)
+    assert found["factor"] == pytest.approx(0.9 * e ** (-1 / 8), rel=ROUNDED)
 
 
 def test_a_step_is_accepted_up_to_an_error_of_one(decide: Any) -> None:
     assert decide(1.0)["ok"]
-    assert decide(1.0)["factor"] == pytest.approx(0.9, rel=1e-13)
+    assert decide(1.0)["factor"] == pytest.approx(0.9, rel=ROUNDED)
     assert not decide(math.nextafter(1.0, 2.0))["ok"]
 
 
 def test_limits_of_growth(decide: Any) -> None:
     """At most tenfold, a hundredfold after the first attempt, and to a fifth at the least."""
     assert decide(0.0, s_end=1e6)["factor"] == 10.0
-    assert decide(0.0, s_end=1e6, taken=0)["factor"] == pytest.approx(0.9 * 1e10**0.17, rel=1e-13)
+    assert decide(0.0, s_end=1e6, taken=0)["factor"] == pytest.approx(0.9 * 1e10**0.17, rel=ROUNDED)
     assert decide(0.0, s_end=1e6, taken=0, solver=Dopri5(controller=I()))["factor"] == pytest.approx(90.0)
     assert decide(0.0, s_end=1e6, taken=0, solver=Bosh3(controller=I()))["factor"] == 100.0
     assert decide(0.0, s_end=1e6, taken=0, streak=1)["factor"] == 1.0
     # A small error remembered shrinks the next step: 0.9 · 1e-4^(0.2/5) is above a fifth, 1e-4^(2/5) is not.
-    assert decide(1.0, last=math.log(1e-4))["factor"] == pytest.approx(0.9 * 1e-4**0.04, rel=1e-13)
+    assert decide(1.0, last=math.log(1e-4))["factor"] == pytest.approx(0.9 * 1e-4**0.04, rel=ROUNDED)
     assert decide(1.0, last=math.log(1e-4), solver=Dopri5(controller=PI(beta=1.0)))["factor"] == 0.2
     assert decide(0.0, s_end=1e6, max_step=3.0)["size"] == 3.0
     assert decide(0.0, last=-1.0)["last"] == math.log(1e-4)
@@ -674,12 +682,12 @@ def test_after_a_rejection(decide: Any) -> None:
     """The elementary exponent, never growth, and neither after the acceptance that follows; history stays."""
     found = decide(4.0, last=-1.0, before=-2.0)
     assert (found["ok"], found["s"], found["status"]) == (False, 0.0, RUNNING)
-    assert found["factor"] == pytest.approx(0.9 * 4.0 ** (-1 / 5), rel=1e-13)
+    assert found["factor"] == pytest.approx(0.9 * 4.0 ** (-1 / 5), rel=ROUNDED)
     assert (found["last"], found["before"]) == (-1.0, -2.0)
     assert decide(1.0 + 1e-12, solver=Dopri5(controller=I(safety=1.0)))["factor"] <= 1.0
     assert decide(1e30)["factor"] == 0.2
     assert decide(1e-6, streak=1)["factor"] == 1.0
-    assert decide(1.0, streak=1)["factor"] == pytest.approx(0.9, rel=1e-13)
+    assert decide(1.0, streak=1)["factor"] == pytest.approx(0.9, rel=ROUNDED)
     for error in (math.nan, math.inf):
         found = decide(error)
         assert (found["ok"], found["factor"], found["status"]) == (False, 0.1, RUNNING)
