@@ -31,8 +31,8 @@ def rms(x: Tensor) -> Tensor:
     """The root mean square of each sample, (B, *S) to (B,): float64 on the CPU, of x's dtype elsewhere."""
     flat = rows(x)
     wide = torch.float64 if flat.is_cpu else flat.dtype  # not every device knows float64
-    norm: Tensor = torch.linalg.vector_norm(flat, dim=1, dtype=wide)
-    return norm / max(1, flat.shape[1]) ** 0.5
+    norm: Tensor = torch.linalg.vector_norm(flat, dim=1, dtype=wide) / max(1, flat.shape[1]) ** 0.5
+    return norm
 
 
 def largest(x: Tensor) -> Tensor:

@@ -27,7 +27,10 @@ from flowsolve.runs.arrays import LAYOUTS, mapped, planes
 from flowsolve.runs.errors import ItemError
 from flowsolve.runs.images import EXTENSIONS, header, integers
 
-__all__ = ["Batch", "Data", "Folder", "Items", "Stream", "open_data"]
+__all__ = ["Batch", "Data", "Folder", "Items", "Stream", "levelled", "open_data"]
+
+WHITE = 255
+"""The lightest shade of a picture file."""
 
 Item = Tensor | ItemError
 Batch = tuple[int, int, list[Item]]
@@ -103,6 +106,45 @@ class Folder(Data):
 
     def shape(self) -> tuple[int, ...] | None:
         return next((s for name in self.names if (s := header(self.root / name)) is not None), None)
+
+
+class Levelled(Folder):
+    """Picture files of data with fewer levels than a file has shades, which were spread over them: k to 255·k/(L−1)."""
+
+    shaded = False
+
+    def __init__(self, folder: Folder, levels: int) -> None:
+        self.root, self.names, self.count, self.levels = folder.root, folder.names, folder.count, levels
+        self.identity = {**folder.identity, "shades": levels}
+
+    def read(self, index: int) -> Item:
+        item = super().read(index)
+        if not isinstance(item, Tensor):
+            return item
+        levels = _level_of(item, self.identity["shades"])
+        return levels.to(item.dtype) if levels is not None else ItemError(self.origin(index), "it has other shades now")
+
+
+def levelled(source: Data, levels: int) -> Data:
+    """The data as levels: a folder holds shades if all of its images have none but those of levels, and one has more
+    than there are levels.
+    """
+    if not isinstance(source, Folder) or levels > WHITE:
+        return source
+    beyond = False
+    for item in map(source.read, range(len(source.names))):
+        if not isinstance(item, Tensor) or not item.numel():
+            continue
+        if item.dtype != torch.uint8 or _level_of(item, levels) is None:
+            return source
+        beyond = beyond or int(item.max()) >= levels
+    return Levelled(source, levels) if beyond else source
+
+
+def _level_of(image: Tensor, levels: int) -> Tensor | None:
+    """The levels of which an image has the shades; None if it has others."""
+    found = (image.double() * ((levels - 1) / WHITE)).round()
+    return found if bool(((found * (WHITE / (levels - 1))).round() == image).all()) else None
 
 
 class Items(Data):

@@ -36,13 +36,19 @@ def begin(out: Path, record: Mapping[str, Any], rank: Rank, *, resume: bool, beg
 
     Raises:
         FileExistsError: the directory holds something else, or a run and resume is False.
-        RunError: it holds a run with other settings.
+        RunError: it holds a run with other settings, or batches of a run that nothing names.
     """
     record = json.loads(json.dumps(record))
     with naming(out):
         out.mkdir(parents=True, exist_ok=True)
     file = out / NAME
     if not file.exists():
+        if begun():
+            raise RunError(
+                f"{out} holds finished batches and no {NAME} that says of which run; put it back, or choose another "
+                "directory",
+                out,
+            )
         others = sorted(p.name for p in out.iterdir() if not p.name.endswith(NAME) and p.name != "parts")
         if others:
             raise FileExistsError(
@@ -82,9 +88,12 @@ def _created(file: Path, record: Any) -> bool:
 
 def _read(file: Path, out: Path) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise RunError(f"{file} is not valid JSON ({error}); choose another directory", out) from error
+    if not isinstance(found, dict):
+        raise RunError(f"{file} holds a {type(found).__name__}, and no run; choose another directory", out)
+    return found
 
 
 def _differences(old: Any, new: Any) -> Iterator[str]:

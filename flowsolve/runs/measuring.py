@@ -22,7 +22,7 @@ from flowsolve.flow import Flow
 from flowsolve.likelihood import bits_per_dim
 from flowsolve.likelihood.bits import level_count
 from flowsolve.likelihood.dequantize import Dequantizer
-from flowsolve.runs.data import Data, Item, open_data
+from flowsolve.runs.data import Data, Item, levelled, open_data
 from flowsolve.runs.engine import Task, check_batch, environment, execute, threads
 from flowsolve.runs.errors import ItemError, RunError, keeping
 from flowsolve.runs.networks import event_shape, placed
@@ -113,7 +113,8 @@ def nll(
     rank, out = Rank.here(), Path(out)
     flow = placed(flow, rank.device(device))
     source = open_data(data, limit=limit, layout=layout)
-    task = _Reading(flow, source, batch, on_error, _levels(flow, source, bits, levels))
+    count = _levels(flow, source, bits, levels)
+    task = _Reading(flow, levelled(source, count), batch, on_error, count)
     task.options = dict(
         solver=solver, dequantize=dequantize, importance=importance, draws=draws, seed=seed,
         **{name: value for name, value in options.items() if value is not None},
@@ -121,7 +122,7 @@ def nll(
     task.cond = common(options.get("cond"), (source.count, batch))
     task.settings = {
         "flow": fingerprint(flow),
-        "data": source.identity,
+        "data": task.source.identity,
         "shape": spell(task.shape),
         "levels": task.levels,
         "batch": batch,

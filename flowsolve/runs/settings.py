@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
@@ -15,19 +14,20 @@ from torch import Tensor, nn
 from flowsolve._version import __version__
 from flowsolve.flow import Flow
 from flowsolve.guidance import Guided
+from flowsolve.runs.identity import digest, identity, module_digest
 from flowsolve.transforms import Chain
 
 __all__ = ["digest", "fingerprint", "spell", "versions"]
 
-CLOCK = (0.25, 0.5, 0.75)
-"""Flow times at which clocks are compared."""
+CLOCK, TIMES = (0.25, 0.5, 0.75), 1024
+"""Flow times at which clocks are compared, and the intervals between those at which paths are."""
 
 
 def spell(value: Any) -> Any:
     """A setting as JSON can hold it, the same in every process.
 
     A dataclass is its name and what is not a default, a network its name and the digest of its weights, a function its
-    name.
+    name and the digest of what it depends on (`flowsolve.runs.identity`).
 
     Examples:
         >>> from flowsolve.runs.settings import spell
@@ -41,8 +41,7 @@ def spell(value: Any) -> Any:
     if isinstance(value, Flow):
         return fingerprint(value)
     if isinstance(value, nn.Module):
-        state = sorted((k, v) for k, v in value.state_dict().items() if isinstance(v, Tensor))
-        return {"net": type(value).__qualname__, "weights": digest(*(v for _, v in state))}
+        return {"net": type(value).__qualname__, "weights": module_digest(value)}
     if isinstance(value, Chain):
         return [spell(value.first), *map(spell, value.maps), spell(value.ends())]
     if isinstance(value, Tensor | np.ndarray):
@@ -56,8 +55,7 @@ def spell(value: Any) -> Any:
         return [spell(v) for v in value]
     if isinstance(value, torch.dtype | torch.device):
         return str(value)
-    name = getattr(value, "__qualname__", None)
-    return f"{value.__module__}.{name}" if name else f"{type(value).__module__}.{type(value).__qualname__}"
+    return identity(value)
 
 
 def _text(value: Any) -> str:
@@ -72,21 +70,12 @@ def _given(value: Any, f: Any) -> bool:
     return f.default_factory is MISSING or bool(here != f.default_factory())
 
 
-def digest(*tensors: Tensor | np.ndarray[Any, Any]) -> str:
-    """A short digest of the shapes, dtypes and bytes of tensors."""
-    found = hashlib.sha256()
-    for tensor in tensors:
-        t = torch.as_tensor(tensor).detach().cpu().contiguous()
-        found.update(f"{t.dtype} {tuple(t.shape)};".encode())
-        found.update(t.reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()[:16]
-
-
 def fingerprint(flow: Flow) -> dict[str, Any]:
     """What makes a flow the same flow: its conventions, its transform, and the digest of its network's parameters and
     buffers; of a guided flow, its settings and the flows that it is made of.
 
-    A function is known by its name alone; a clock, and a scale that depends on the noise level, by some of its values.
+    A path is known by its values and settings, a prediction by its row, a clock, and a scale that depends on the noise
+    level, by some of their values, a function by what it depends on.
     """
     found: dict[str, Any] = {"flow": type(flow).__name__}
     if isinstance(flow, Guided):
@@ -95,8 +84,24 @@ def fingerprint(flow: Flow) -> dict[str, Any]:
         found["flow"] = repr(flow)
         found |= spell(flow.net) if isinstance(flow.net, nn.Module) else {"net": spell(flow.net), "weights": None}
         found["clock"] = [float(flow.clock(t)) for t in CLOCK]
+        found["path"], found["row"] = _curve(flow)
         found["dtype"] = str(flow.dtype)
     return {**found, "transform": spell(flow.transform), "nfe_per_call": list(flow.nfe_range)}
+
+
+def _curve(flow: Flow) -> tuple[str, str]:
+    """Digests of the path and of the prediction's row along it."""
+    path, times = flow.path, torch.arange(0, TIMES + 1, dtype=torch.float64) / TIMES
+    inner = times[1:-1]
+    values = [f(inner) for f in (path.alpha, path.sigma, path.alpha_dot, path.sigma_dot)]
+    numbers = [v for _, v in sorted(vars(path).items()) if isinstance(v, int | float | tuple)]
+    flat = torch.tensor([float(x) for v in numbers for x in (v if isinstance(v, tuple) else (v,)) if _plain(x)])
+    rows = [torch.as_tensor(v, dtype=torch.float64).expand(len(inner)) for v in flow.prediction.row(path.at(inner))]
+    return digest(*values, flat.double()), digest(*rows)
+
+
+def _plain(value: Any) -> bool:
+    return isinstance(value, int | float)
 
 
 def versions() -> dict[str, str]:

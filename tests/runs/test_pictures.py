@@ -114,3 +114,21 @@ def test_codes_are_kept_as_numbers(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="its images have no bits per dimension"):
         runs.nll(flow, images, tmp_path / "d")
     assert not (tmp_path / "d").exists()
+
+
+def test_bits_of_the_pictures_that_were_written(tmp_path: Path) -> None:
+    """Seventeen levels are spread over 256 shades in a file, and found again; other shades are refused."""
+    means = torch.tensor([[[[-0.5, 0.5], [0.2, -0.2]]]])
+    flow = fs.problems.GaussianMixture(means, std=0.3).flow(fs.paths.CondOT())
+    flow.transform = Range(levels=17)
+    common: dict[str, Any] = {"solver": solvers.Heun(), "nfe": 8}
+    runs.sample(flow, 4, tmp_path / "a", shape=(1, 2, 2), png=True, **common)
+    with np.load(tmp_path / "a/samples.npz") as held:
+        levels = torch.from_numpy(held["pixels"] if "pixels" in held else held["images"])
+    report = runs.nll(flow, tmp_path / "a/images", tmp_path / "b", **common)
+    truth = fs.bits_per_dim(flow, levels.permute(0, 3, 1, 2) if levels.shape[-1] == 1 else levels, **common)
+    assert report is not None
+    assert report["mean"] == pytest.approx(truth.mean, abs=1e-6)
+    Image.fromarray(np.full((2, 2), 5, dtype=np.uint8)).save(tmp_path / "a/images/000000.png")
+    with pytest.raises(runs.RunError, match=r"its levels run from 48 to 175; expected 0 … 16"):
+        runs.nll(flow, tmp_path / "a/images", tmp_path / "c", **common)

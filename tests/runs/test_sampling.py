@@ -192,3 +192,35 @@ def test_a_grid_shows_every_image_where_it_belongs(tmp_path: Path) -> None:
     for i in range(7):
         assert (sheet[(i // 3) * 42 + 20, (i % 3) * 52 + 20] == 30 * i).all()
     assert (sheet[0] == 255).all()
+
+
+@pytest.mark.parametrize(
+    "solver", [solvers.Bosh3(), solvers.Dopri5(), solvers.Dopri8()], ids=lambda s: type(s).__name__
+)
+def test_a_run_does_not_depend_on_what_its_process_did_before(tmp_path: Path, solver: Any) -> None:
+    """Which kernels serve changes with what a process has done; the samples of a run do not, to the bit."""
+    flow = fs.Flow(lambda x, t: -x * x * x + (t * t)[:, None] * x.abs().sqrt(), fs.paths.CondOT())
+    found = []
+    for mode in ("torch", "fused"):
+        with fs.kernels.use(mode):
+            runs.sample(flow, 200, tmp_path / mode, shape=(5,), solver=solver, batch=64)
+        with np.load(tmp_path / mode / "samples.npz") as held:
+            found.append({name: held[name].tobytes() for name in held})
+    assert found[0] == found[1]
+
+
+def test_finished_batches_without_a_manifest_are_nobody_s(tmp_path: Path) -> None:
+    flow = fs.Flow(lambda x, t: -x, fs.paths.CondOT())
+    out, common = tmp_path / "run", {"shape": (2,), "solver": solvers.Euler(), "nfe": 8, "batch": 2}
+    runs.sample(flow, 4, out, seed=0, **common)
+    kept = (out / "run.json").read_text()
+    (out / "run.json").unlink()
+    (out / "samples.npz").unlink()
+    (out / "metadata.json").unlink()
+    with pytest.raises(runs.RunError, match=r"finished batches and no run\.json"):
+        runs.sample(flow, 4, out, seed=1, **common)
+    (out / "run.json").write_text("[]")
+    with pytest.raises(runs.RunError, match=r"run\.json holds a list"):
+        runs.sample(flow, 4, out, seed=0, **common)
+    (out / "run.json").write_text(kept)
+    runs.sample(flow, 4, out, seed=0, **common)

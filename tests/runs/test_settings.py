@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,60 @@ def other_loss(z: torch.Tensor, *_: Any) -> torch.Tensor:
     return -z.abs().sum(1)
 
 
+def behind(weight: float) -> Any:
+    """A function that closes over a network."""
+    net = Net(weight)
+    return lambda x, t: net(x, t)
+
+
+class Holder:
+    def __init__(self, weight: float) -> None:
+        self.nets = {"a": [Net(weight)]}
+
+    def call(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return self.nets["a"][0](x, t)
+
+    __call__ = call
+
+
+def table(bend: float) -> fs.paths.Discrete:
+    """Tables with the same ends, which print the same."""
+    return fs.paths.Discrete([0.9, 0.5 + bend, 0.1])
+
+
+def own(row: Any) -> Any:
+    return fs.Prediction("mine", row)
+
+
+def moved(path: Any) -> fs.Flow:
+    made = flow(path=fs.paths.CondOT())
+    made.path = path
+    return made
+
+
+GLOBAL = Net(1.0)
+
+
+def globally(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return GLOBAL(x, t)
+
+
+def bare(net: Any) -> fs.Flow:
+    return fs.Flow(net, fs.paths.VP(), "noise")
+
+
 DIFFERENT: list[tuple[Any, Any]] = [
+    (lambda: bare(behind(1.0)), lambda: bare(behind(2.0))),
+    (lambda: bare(partial(Net(1.0), y=0.0)), lambda: bare(partial(Net(2.0), y=0.0))),
+    (lambda: bare(partial(Net(1.0), y=0.0)), lambda: bare(partial(Net(1.0), y=1.0))),
+    (lambda: bare(Holder(1.0).call), lambda: bare(Holder(2.0).call)),
+    (lambda: bare(Holder(1.0)), lambda: bare(Holder(2.0))),
+    (lambda: bare(lambda x, t: -x), lambda: bare(lambda x, t: -2.0 * x)),
+    (lambda: bare(lambda x, t: -x), lambda: bare(lambda x, t: +x)),
+    (lambda: flow(path=table(0.0)), lambda: flow(path=table(1e-6))),
+    (lambda: fs.Flow(Net(), fs.paths.VP(), own(lambda p: fs.Row(1.0, 0.0))),
+     lambda: fs.Flow(Net(), fs.paths.VP(), own(lambda p: fs.Row(0.0, 1.0)))),
+    (lambda: moved(fs.paths.CondOT()), lambda: moved(fs.paths.Trig())),
     (lambda: flow(1.0), lambda: flow(1.0 + 1e-6)),
     (lambda: flow(), lambda: flow(path=fs.paths.VP(beta_max=19.0))),
     (lambda: flow(transform=Range(levels=17)), lambda: flow(transform=Range(levels=16))),
@@ -81,6 +135,17 @@ def test_what_changes_a_result_changes_the_fingerprint(number: int) -> None:
 
 def curved() -> fs.Flow:
     return flow(transform=Range(1, 2).then(Elementwise(torch.square, torch.sqrt, lambda y: (2 * y).log())))
+
+
+def test_a_global_network_counts() -> None:
+    one = fingerprint(bare(globally))
+    with torch.no_grad():
+        GLOBAL.weight.mul_(2.0)
+    other = fingerprint(bare(globally))
+    with torch.no_grad():
+        GLOBAL.weight.mul_(0.5)
+    assert one != other
+    assert one == fingerprint(bare(globally))
 
 
 def test_a_learnt_dequantiser_is_known_by_its_weights() -> None:
