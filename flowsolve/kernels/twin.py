@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowsolve._batch import rows, send
+from flowsolve._surroundings import array, within
 
 __all__ = ["error_norm", "host", "largest", "merge", "rms", "scale", "weighted"]
 
@@ -27,6 +28,8 @@ def largest(x: Tensor) -> Tensor:
 
 def host(v: Tensor) -> NDArray[np.float64]:
     """Numbers of a device as float64 on the host: the one read that an adaptive step waits for."""
+    if within() is not None:
+        return array(v.double())
     numbers = v.detach()
     if not (v.is_cpu and v.dtype is torch.float64):
         numbers = numbers.cpu().double()
@@ -39,17 +42,18 @@ def weighted(slopes: Sequence[Tensor], weights: NDArray[np.float64], base: Tenso
         if base is None:
             raise ValueError("nothing to add up: no slopes and no state")
         return base
-    total, fresh = base, False  # fresh: `total` is ours to write to
+    # fresh: `total` is ours to write to, if it can hold what is written (what vmap maps cannot be written to a plain one)
+    total, fresh, writes = base, False, within() is None
     if len(weights) == 1:
         for w, k in zip(weights[0].tolist(), slopes, strict=True):
             total = w * k if total is None else (total.add_ if fresh else total.add)(k, alpha=w)
-            fresh = not total.requires_grad
+            fresh = writes and not total.requires_grad
     else:
         like = slopes[0]
         table = send(torch.from_numpy(weights), like, like.dtype).reshape(*weights.shape, *[1] * (like.ndim - 1))
         for w, k in zip(table.unbind(1), slopes, strict=True):
             total = w * k if total is None else (total.addcmul_ if fresh else total.addcmul)(w, k)
-            fresh = not total.requires_grad
+            fresh = writes and not total.requires_grad
     assert total is not None
     return total
 
@@ -72,7 +76,7 @@ def error_norm(
     with torch.no_grad():
         local = weighted(slopes, weights)
         local = torch.add(local, ahead, alpha=0.0)  # an infinite state is an infinite error, whatever the scale
-        return norm(local.div_(scale(torch.maximum(y.abs(), ahead.abs()), atol, rtol)))
+        return norm(local / scale(torch.maximum(y.abs(), ahead.abs()), atol, rtol))
 
 
 def merge(accepted: NDArray[np.bool_], new: Tensor, old: Tensor) -> Tensor:

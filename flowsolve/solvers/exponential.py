@@ -65,6 +65,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flowsolve._surroundings import array
 from flowsolve.charts import Chart
 from flowsolve.paths import Path, Point
 from flowsolve.predictions import Estimate
@@ -249,7 +250,7 @@ class _Interval:
             exponent = -(self.mixing + 2.0) * self.form.log_ratio(v) - v
             w = w * np.exp(exponent - exponent.max())
             if variable == "time":
-                v = self.path.time(torch.from_numpy(v)).numpy()
+                v = array(self.path.time(torch.from_numpy(v)))
         w, places = w / w.sum(), [self.place(t, variable) for t in nodes]
         share = []
         for j, x in enumerate(places):
