@@ -45,7 +45,7 @@ def leaves(results: Iterable[Tensor], inner: AbstractSet[Any] = frozenset()) -> 
     """The leaves that some tensors were made of, as autograd saw it; not those behind the nodes in `inner`."""
     found: dict[int, Tensor] = {}
     seen = set(inner)
-    stack = []
+    stack: list[Any] = []
     for v in results:
         if v.grad_fn is not None:
             stack.append(v.grad_fn)

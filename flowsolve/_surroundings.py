@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, wraps
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from numpy.typing import NDArray
@@ -42,7 +42,7 @@ def refuse(what: str, mend: str) -> None:
     """Raise NotImplementedError if a transform, or a level of forward-mode derivatives, surrounds us."""
     if not bare():
         around = "forward-mode derivatives" if within() is None else "a transform of torch.func"
-        raise NotImplementedError(f"{what} is called within {around}, which it does not support; {mend}")
+        raise NotImplementedError(f"{what} is called within {around}; {mend}")
 
 
 def plain(v: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ def mapped(v: Tensor) -> bool:
     return False
 
 
-def moving(v: Any) -> bool:
+def moving(v: Any) -> TypeGuard[Tensor]:
     """Whether derivatives, of any mode, may be asked for with respect to v."""
     if not isinstance(v, Tensor):
         return False

@@ -220,8 +220,8 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         raise NotImplementedError(
-            "a gradient that gradient='adjoint' made is differentiated once more, and the adjoint has first derivatives "
-            "only; use gradient='checkpoint' or 'direct' (of flowsolve.compat.torchdiffeq: odeint)"
+            "a gradient that gradient='adjoint' made is differentiated once more, and the adjoint has first "
+            "derivatives only; use gradient='checkpoint' or 'direct' (of flowsolve.compat.torchdiffeq: odeint)"
         )
 
 
@@ -231,7 +231,7 @@ class _Once(torch.autograd.Function):
 def shift(t: Tensor) -> Tensor:
     """0, with the derivatives of t up to the second."""
     e = t - t.detach()
-    return _Limited.apply(e, 2) if e.requires_grad or within() is not None else e  # type: ignore[no-any-return,no-untyped-call]
+    return _Limited.apply(e, 2) if e.requires_grad or within() is not None else e  # type: ignore[no-untyped-call]
 
 
 def nudged(ask: Ask, y: Tensor, t: Any, h: Tensor, context: Any) -> Tensor:
@@ -241,7 +241,8 @@ def nudged(ask: Ask, y: Tensor, t: Any, h: Tensor, context: Any) -> Tensor:
     whole = torch.zeros(len(y), dtype=torch.float64)
     slope = ask(Query(y, whole + t), context)
     slope = ask(Query(y + 0.5 * near * slope, whole + (t + 0.5 * far)), context)
-    return y + near * slope
+    moved: Tensor = y + near * slope
+    return moved
 
 
 class _Limited(torch.autograd.Function):

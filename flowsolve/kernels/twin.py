@@ -42,7 +42,7 @@ def weighted(slopes: Sequence[Tensor], weights: NDArray[np.float64], base: Tenso
         if base is None:
             raise ValueError("nothing to add up: no slopes and no state")
         return base
-    # fresh: `total` is ours to write to, if it can hold what is written (what vmap maps cannot be written to a plain one)
+    # fresh: `total` is ours to write to. What vmap maps cannot be written to a plain tensor: there nothing is.
     total, fresh, writes = base, False, within() is None
     if len(weights) == 1:
         for w, k in zip(weights[0].tolist(), slopes, strict=True):

@@ -65,7 +65,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flowsolve._surroundings import array
+from flowsolve._surroundings import array, within
 from flowsolve.charts import Chart
 from flowsolve.paths import Path, Point
 from flowsolve.predictions import Estimate
@@ -282,10 +282,10 @@ def _quadrature(a: float, b: float, rate: float) -> tuple[Vector, Vector]:
 
 def applied(made: Update, x: Tensor, values: Iterable[Tensor]) -> Tensor:
     """X x + Σ w F, without the noise."""
-    total = x * made.state
+    total, kept = x * made.state, within() is not None  # what vmap maps cannot be written to a plain tensor
     for w, value in zip(made.weights, values, strict=True):
         if w:
-            total = total.add(value, alpha=w) if total.requires_grad else total.add_(value, alpha=w)
+            total = total.add(value, alpha=w) if kept or total.requires_grad else total.add_(value, alpha=w)
     return total
 
 
