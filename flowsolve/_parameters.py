@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from typing import Any
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 __all__ = ["leaves", "parameters_of"]
 
-DEPTH, MOST = 8, 10_000
+DEPTH, MOST = 8, 10_000  # how far to search, and how many members of a container
+USUAL = frozenset(vars(nn.Module()))
 LIBRARIES = ("builtins", "numpy", "torch")  # whose functions keep no parameters of ours among their globals
 PLAIN = (str, bytes, int, float, complex, bool, type(None), type, types.ModuleType, types.CodeType)
 
@@ -69,7 +70,7 @@ def _held(functions: Iterable[Any]) -> Iterator[nn.Module | Tensor]:
     for _ in range(DEPTH):
         far: list[Any] = []
         for v in near:
-            if isinstance(v, PLAIN) or id(v) in seen:
+            if isinstance(v, PLAIN) or id(v) in seen or len(seen) > 10 * MOST:
                 continue
             seen[id(v)] = v  # kept, so that no other object takes its number
             if isinstance(v, Tensor):
@@ -86,8 +87,9 @@ def _within(v: Any) -> list[Any]:
     """What an object holds or refers to."""
     if isinstance(v, nn.Module):
         # Its own parameters and modules are known; a plain list of modules is what it hides.
-        return [w for m in v.modules() for k, w in vars(m).items() if not k.startswith("_")] + [type(v).forward]
-    if isinstance(v, Mapping):
+        hidden = [w for m in v.modules() for k, w in vars(m).items() if k not in USUAL]
+        return [*hidden, *{type(m).forward for m in v.modules()}]
+    if isinstance(v, dict):
         return list(v.values())[:MOST]
     if isinstance(v, list | tuple | set | frozenset):
         return list(v)[:MOST]
@@ -105,8 +107,18 @@ def _within(v: Any) -> list[Any]:
         if (v.__module__ or "").split(".")[0] not in LIBRARIES:
             found += [v.__globals__[name] for name in _names(v.__code__) if name in v.__globals__]
         return found
-    found = [vars(v)] if hasattr(v, "__dict__") else []
-    return [*found, type(v).__call__] if callable(v) else found
+    slots = [w for name in _slots(v) if (w := getattr(v, name, None)) is not None]
+    try:
+        slots.append(vars(v))
+    except TypeError:
+        pass
+    return [*slots, type(v).__call__] if callable(v) else slots
+
+
+def _slots(v: Any) -> list[str]:
+    """The names of what an object holds in slots."""
+    given = [vars(kind).get("__slots__", ()) for kind in type(v).__mro__ if kind.__module__ not in LIBRARIES]
+    return [name for names in given for name in ([names] if isinstance(names, str) else names) if name[:2] != "__"]
 
 
 def _names(code: types.CodeType) -> set[str]:

@@ -217,19 +217,7 @@ def trajectory(
         return y.expand(len(wanted), *y.shape), Solution(y, zero, zero, zero, zero, there)
     if isinstance(solver, Foreign):
         assert not isinstance(budget, Metered)
-        extra = 0
-
-        def field(t: float, x: Tensor) -> Tensor:
-            nonlocal extra
-            query = Query(x, t)
-            slope: Tensor = ask(query, context.tree)
-            extra += query.cost - 1
-            return slope
-
-        states, nfe, status = solver.trajectory(field, y, start, wanted, budget, functions)
-        nfe = nfe + extra
-        zero, there = torch.zeros_like(nfe), torch.where(status == Status.SUCCESS, end, start)
-        return states, Solution(states[-1], nfe, status, zero, zero, there)
+        return _foreign(y, start, wanted, ask, context, solver, budget, functions)
     if intervals is not None:
         watch: dict[int, list[float]] = {}
         reached = [abs(b - start) for _, b, _ in intervals] if dense else []
@@ -247,6 +235,33 @@ def trajectory(
         return torch.stack([y, *seen] if stops[0] == start else seen), solution
     assert isinstance(solver, Adaptive)
     return _pursued(y, start, end, ask, context, solver, budget, stops if dense else (), mode, progress)
+
+
+@eager
+def _foreign(
+    y: Tensor,
+    start: float,
+    wanted: Sequence[float],
+    ask: Ask,
+    context: Context,
+    solver: Foreign,
+    budget: int | None,
+    functions: Sequence[Any],
+) -> tuple[Tensor, Solution]:
+    """`trajectory` by another library's loop."""
+    extra = 0
+
+    def field(t: float, x: Tensor) -> Tensor:
+        nonlocal extra
+        query = Query(x, t)
+        slope: Tensor = ask(query, context.tree)
+        extra += query.cost - 1
+        return slope
+
+    states, nfe, status = solver.trajectory(field, y, start, wanted, budget, functions)
+    nfe = nfe + extra
+    zero, there = torch.zeros_like(nfe), torch.where(status == Status.SUCCESS, wanted[-1], start)
+    return states, Solution(states[-1], nfe, status, zero, zero, there)
 
 
 @eager
