@@ -6,6 +6,7 @@ import functools
 import types
 from collections.abc import Iterable, Iterator
 from collections.abc import Set as AbstractSet
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -108,10 +109,8 @@ def _within(v: Any) -> list[Any]:
             found += [v.__globals__[name] for name in _names(v.__code__) if name in v.__globals__]
         return found
     slots = [w for name in _slots(v) if (w := getattr(v, name, None)) is not None]
-    try:
+    with suppress(TypeError):
         slots.append(vars(v))
-    except TypeError:
-        pass
     return [*slots, type(v).__call__] if callable(v) else slots
 
 

@@ -188,7 +188,7 @@ class Torchdiffeq(Foreign):
                     counted, y, t, **tolerances, options=there, adjoint_options=back,
                     adjoint_params=parameters,
                 )  # fmt: skip
-                states = _First.apply(states)
+                states = _First.apply(states)  # type: ignore[no-untyped-call]
             else:
                 states = library.odeint(counted, y, t, **tolerances, options=self._options(grid, times[-1:], t))
         except _Spent:
