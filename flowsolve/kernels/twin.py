@@ -76,7 +76,8 @@ def error_norm(
     with torch.no_grad():
         local = weighted(slopes, weights)
         local = torch.add(local, ahead, alpha=0.0)  # an infinite state is an infinite error, whatever the scale
-        return norm(local / scale(torch.maximum(y.abs(), ahead.abs()), atol, rtol))
+        unit = scale(torch.maximum(y.abs(), ahead.abs()), atol, rtol)
+        return norm(local.div_(unit) if within() is None else local / unit)
 
 
 def merge(accepted: NDArray[np.bool_], new: Tensor, old: Tensor) -> Tensor:
