@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from flowsolve._arguments import check_flow, check_interval, device_of, shape_of, state
+from flowsolve._surroundings import refuse
 from flowsolve.brownian import named
 from flowsolve.charts import Chart
 from flowsolve.conditioning import common, rows_of
@@ -174,6 +175,7 @@ def log_prob(
 
 def _quiet(results: Iterator[Any]) -> Iterator[Any]:
     """The results, computed without recording gradients."""
+    refuse("flowsolve.batching, whose results have no derivatives,", "use the function of that name, with batch=")
     while True:
         with torch.no_grad():
             try:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from flowsolve import kernels
+from flowsolve._surroundings import refuse
 from flowsolve.drivers import checks, settle
 from flowsolve.flow import Flow
 from flowsolve.grids import Closing
@@ -41,6 +42,7 @@ def require_cuda(x: Tensor) -> None:
     """Raise ValueError unless a solve from x can be captured."""
     if x.device.type != "cuda":
         raise ValueError(f"capture=True records a CUDA graph, and the state is on {x.device}; drop capture=True")
+    refuse("capture=True, whose replay has no derivatives,", "drop it")
     if torch.is_grad_enabled():
         raise ValueError("capture=True records no gradients; drop it, or sample without grad")
 

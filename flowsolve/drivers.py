@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from flowsolve._optional import require
+from flowsolve._surroundings import plain
 from flowsolve.kernels import largest
 from flowsolve.solution import Solution
 from flowsolve.solvers.adaptive import Status
@@ -167,7 +168,7 @@ def settle(
     whole = torch.zeros(count, dtype=torch.int64)
     t, status = torch.full((count,), start, dtype=torch.float64), whole + Status.SUCCESS
     if magnitudes is not None:
-        bad = ~torch.isfinite(magnitudes).cpu()
+        bad = ~torch.isfinite(plain(magnitudes)).cpu()
         ends = torch.tensor(checked, dtype=torch.float64)
         failed = bad.any(0)
         t = torch.where(failed, ends[bad.int().argmax(0)], ends[-1])

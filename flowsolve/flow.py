@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from flowsolve._batch import MARK, send, state_dtype
 from flowsolve._guard import Guard
@@ -132,7 +133,8 @@ class Flow:
 
     def arm(self, armed: bool = True) -> None:
         """A solve begins (or none does): the next call must find that the network is a function of its arguments."""
-        self.guard.armed = armed
+        if not is_compiling():
+            self.guard.armed = armed
 
     @property
     def caveats(self) -> tuple[str, ...]:
@@ -195,7 +197,8 @@ class Flow:
         cond.pop(MARK, None)
         if cond:
             cond = plain(cond)
-        output = self.guard(fed, network_time((clock or self.clock)(t), fed), cond)
+        time = network_time((clock or self.clock)(t), fed)
+        output = self.net(fed, time, **cond) if is_compiling() else self.guard(fed, time, cond)
         if not isinstance(output, Tensor):
             raise TypeError(
                 f"the network returned a {type(output).__name__}; expected a tensor. Wrap it, for example "

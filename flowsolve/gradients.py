@@ -19,8 +19,22 @@ at Gauss–Legendre nodes on its interpolant, ⌈p/2⌉ of them for a method of 
 Adjoint gradients are as exact as the tolerance, no more: a solution that forgets where it came from cannot be traced
 back. Prefer `"checkpoint"` where memory allows.
 
-**End times** given as tensors receive gradients in every mode: from $\partial y(t_1)/\partial t_1 = f(y(t_1), t_1)$,
-and because starting at $t_0 + \delta$ is starting at $t_0$ from $y_0 - \delta f(y_0, t_0)$. Each costs one evaluation.
+**End times** given as tensors receive gradients in every mode, by a step of no length (`nudged`): with $e = t_1 -
+\bar t_1$, which is 0 and has the derivative of $t_1$, the state at the end is the midpoint rule's
+
+$$ y + e\, f\bigl(\bar t_1 + \tfrac e2,\; y + \tfrac e2 f(\bar t_1, y)\bigr) , $$
+
+whose derivatives in $e$ are those of the solution up to the second, and at all orders in everything else. And starting
+at $t_0$ is starting at $\bar t_0$ from where a step of $-e$ from $t_0$ leads. Each costs two evaluations. A third
+derivative in one time is refused.
+
+**Twice.** Second derivatives are those of the steps, directly and with checkpoints. The adjoint is differentiable once:
+a second derivative through it is refused. So are forward-mode derivatives and `torch.func`, which see through
+`"direct"`.
+
+**What the adjoint's control sees.** The error of y and a; not that of the integral for $\partial L/\partial\theta$,
+whose place in a norm would be that of all parameters once a sample. Where $\partial f/\partial\theta$ changes faster
+in time than y and a (a term of f that is switched off by its parameter, θ = 0), limit `max_step`.
 """
 
 from __future__ import annotations
@@ -32,10 +46,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from flowsolve._batch import Context, per_sample
-from flowsolve._parameters import parameters_of
+from flowsolve._parameters import leaves, parameters_of
+from flowsolve._surroundings import bare, eager, moving, within
 from flowsolve.drivers import Ask
 from flowsolve.pursuit import collect, pursue, resident
 from flowsolve.solvers.adaptive import Adaptive, Attempt
@@ -58,6 +72,7 @@ class Backsolve:
         start: the time at which the solve began.
         stops: the times whose states were returned, in order, the last of them its end.
         intervals: (s, s_next, evaluations) of a fixed grid; None for an adaptive solve.
+        parameters: what dy/ds depends on beside y.
     """
 
     solver: RungeKutta
@@ -66,25 +81,32 @@ class Backsolve:
     start: float
     stops: Sequence[float]
     intervals: Sequence[tuple[float, float, int]] | None = None
+    parameters: Sequence[Tensor] = ()
 
-    def attach(self, y: Tensor, states: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    def attach(self, y: Tensor, states: Tensor) -> Tensor:
         """The states at the stops, (T, B, *S), as a differentiable function of y at the start and the parameters."""
-        result: Tensor = _Adjoint.apply(self, states, y, *parameters)  # type: ignore[no-untyped-call]
+        if not bare() and (within() is not None or moving(states) or moving(y)):
+            raise NotImplementedError(
+                "gradient='adjoint' has reverse-mode derivatives of autograd only; for torch.func and forward-mode "
+                "derivatives use gradient='direct'"
+            )
+        result: Tensor = _Adjoint.apply(self, states, y, *self.parameters)  # type: ignore[no-untyped-call]
         return result
 
-    def back(self, states: Tensor, gradients: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    @eager
+    def back(self, states: Tensor, gradients: Tensor) -> tuple[Tensor, list[Tensor]]:
         """∂L/∂y at the start and ∂L/∂θ, from ∂L/∂(states)."""
-        sums = [torch.zeros_like(p) for p in parameters]
+        sums = [torch.zeros_like(p) for p in self.parameters]
         ends = [*self.stops]
         a = torch.zeros_like(gradients[0])
         for i in range(len(ends) - 1, -1, -1):
             a = a + gradients[i]
             target = ends[i - 1] if i else self.start
             if target != ends[i]:
-                a = self._between(torch.stack((states[i], a), 1), ends[i], target, parameters, sums)
+                a = self._between(torch.stack((states[i], a), 1), ends[i], target, sums)
         return a, sums
 
-    def _between(self, joint: Tensor, s: float, target: float, parameters: Any, sums: list[Tensor]) -> Tensor:
+    def _between(self, joint: Tensor, s: float, target: float, sums: list[Tensor]) -> Tensor:
         """Carry (y, a), shape (B, 2, *S), back from s to a target, adding to the parameters' integrals."""
         if isinstance(self.solver, Adaptive) and self.solver.adaptive:
 
@@ -92,7 +114,7 @@ class Backsolve:
                 return torch.maximum(self.solver.norm(e[:, 0]), self.solver.norm(e[:, 1]))  # type: ignore[attr-defined]
 
             def watcher(attempt: Attempt, context: Context) -> None:
-                self._add(attempt.stride, np.flatnonzero(attempt.accepted), context, parameters, sums)
+                self._add(attempt.stride, np.flatnonzero(attempt.accepted), context, sums)
 
             solver = replace(self.solver, norm=norm, first_step=None)
             parts = list(
@@ -105,7 +127,7 @@ class Backsolve:
             first, last = (min(max(v, low), high) for v in (b, a))  # a stop may lie within an interval
             if first != last:
                 stride = run(self.solver.stride(joint, first, last, evaluations), self._answer(self.context))
-                self._add(stride, None, self.context, parameters, sums)
+                self._add(stride, None, self.context, sums)
                 joint = stride.ahead
         return joint[:, 1]
 
@@ -119,13 +141,15 @@ class Backsolve:
             slope = self.ask(query.about(y), context)
             back = torch.zeros_like(y)
             if slope.requires_grad:
+                if not self.parameters:  # with parameters, this is looked at where their integral is added up
+                    self._check(slope, Query(y, query.t), context)
                 (found,) = torch.autograd.grad(slope, y, query.x[:, 1], allow_unused=True)
                 back = back if found is None else found
         return torch.stack((slope.detach(), -back), 1)
 
-    def _add(self, stride: Stride, rows: Any, context: Context, parameters: Any, sums: list[Tensor]) -> None:
+    def _add(self, stride: Stride, rows: Any, context: Context, sums: list[Tensor]) -> None:
         """Add a step's part of ∫ aᵀ ∂f/∂θ ds: the step goes back, h < 0 there where ds > 0 here."""
-        if not parameters or (rows is not None and not len(rows)):
+        if not self.parameters or (rows is not None and not len(rows)):
             return
         nodes, weights = np.polynomial.legendre.leggauss(-(-stride.tableau.order // 2))
         part = context if rows is None else context.select(rows)
@@ -139,14 +163,32 @@ class Backsolve:
                 slope = self.ask(Query(joint[:, 0], t), part.tree)
                 if not slope.requires_grad:
                     continue
+                self._check(slope, Query(joint[:, 0], t), part.tree)
                 share = per_sample(-weight * h if rows is None else torch.from_numpy(-weight * h), joint[:, 1])
                 # Retained: what a field computed once from its parameters belongs to the graph of every slope.
                 found = torch.autograd.grad(
-                    slope, parameters, share * joint[:, 1], allow_unused=True, retain_graph=True
+                    slope, self.parameters, share * joint[:, 1], allow_unused=True, retain_graph=True
                 )
             for total, g in zip(sums, found, strict=True):
                 if g is not None:
                     total += g
+
+    def _check(self, slope: Tensor, query: Query, context: Any) -> None:
+        """Raise if a slope depends on what is neither the state it was asked about nor among the parameters."""
+        inner = {p.grad_fn for p in self.parameters if p.grad_fn is not None}
+        known = {id(query.x), *(id(p) for p in self.parameters)}
+        strange = {id(v): v for v in leaves([slope], inner) if id(v) not in known}
+        if not strange:
+            return
+        # A tensor that f makes on its way is another one when f is asked again; a parameter is the same.
+        again = [v for v in leaves([self.ask(query, context)], inner) if id(v) in strange]
+        if again:
+            shapes = ", ".join(str(tuple(v.shape)) for v in again)
+            raise ValueError(
+                f"gradient='adjoint' found no way to {len(again)} tensor(s) that dy/dt depends on, of shape {shapes}, "
+                "which would get no gradient: give fs.solve params=[…], let the network hold them as modules or "
+                "parameters, or use gradient='checkpoint'"
+            )
 
 
 class _Adjoint(torch.autograd.Function):
@@ -155,13 +197,86 @@ class _Adjoint(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, problem: Backsolve, states: Tensor, y: Tensor, *parameters: Tensor) -> Tensor:
         ctx.problem = problem
-        ctx.save_for_backward(states, *parameters)
+        ctx.save_for_backward(states, y, *parameters)
         return states.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradients: Tensor) -> Any:
-        states, *parameters = ctx.saved_tensors
+        states, y, *parameters = ctx.saved_tensors
         with torch.no_grad():
-            a, sums = ctx.problem.back(states, gradients, parameters)
+            a, sums = ctx.problem.back(states, gradients)
+        if torch.is_grad_enabled():  # the caller means to differentiate what we return
+            a, *sums = _Once.apply(len(sums) + 1, a, *sums, gradients, y, *parameters)  # type: ignore[no-untyped-call]
         return (None, None, a, *sums)
+
+
+class _Once(torch.autograd.Function):
+    """Identity on the first few tensors, with no derivative in any of them."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> Any:
+        return tuple(v.clone() for v in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise NotImplementedError(
+            "a gradient that gradient='adjoint' made is differentiated once more, and the adjoint has first "
+            "derivatives only; use gradient='checkpoint' or 'direct' (of flowsolve.compat.torchdiffeq: odeint)"
+        )
+
+
+# --- end times -------------------------------------------------------------------------------------------------------
+
+
+def shift(t: Tensor) -> Tensor:
+    """0, with the derivatives of t up to the second."""
+    e = t - t.detach()
+    return _Limited.apply(e, 2) if e.requires_grad or within() is not None else e  # type: ignore[no-untyped-call]
+
+
+def nudged(ask: Ask, y: Tensor, t: Any, h: Tensor, context: Any) -> Tensor:
+    """y after a step of no length from time t, a number or a tensor; h is 0, with derivatives (see `shift`)."""
+    far, near = h.to("cpu", torch.float64), h.to(y.device, y.dtype)
+    t = t.to("cpu", torch.float64) if isinstance(t, Tensor) else t
+    whole = torch.zeros(len(y), dtype=torch.float64)
+    slope = ask(Query(y, whole + t), context)
+    slope = ask(Query(y + 0.5 * near * slope, whole + (t + 0.5 * far)), context)
+    moved: Tensor = y + near * slope
+    return moved
+
+
+class _Limited(torch.autograd.Function):
+    """Identity that can be differentiated so many times and refuses the next: its value is 0 (`shift`)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(e: Tensor, left: int) -> Tensor:
+        return e.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        e, ctx.left = inputs
+        ctx.save_for_backward(e)
+        ctx.save_for_forward(e)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return _again(ctx, gradient), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:
+        return _again(ctx, tangent)
+
+
+def _again(ctx: Any, change: Tensor) -> Tensor:
+    """A derivative, as something whose own derivatives are counted."""
+    if not ctx.left:
+        raise NotImplementedError(
+            "a solve is differentiated three times with respect to one of its times, which gives first and second "
+            "derivatives; for more, solve over a fixed interval, y'(u) = (t1 - t0) f(t0 + u (t1 - t0), y) for u from "
+            "0 to 1"
+        )
+    (e,) = ctx.saved_tensors
+    counted: Tensor = _Limited.apply(e, ctx.left - 1)  # type: ignore[no-untyped-call]
+    return change + 0.0 * counted

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flowsolve._arguments import check_flow, check_interval, device_of, shape_of, state
+from flowsolve._surroundings import eager, within
 from flowsolve.brownian import named
 from flowsolve.charts import Chart
 from flowsolve.conditioning import settled
@@ -258,13 +259,18 @@ def passed(job: Job, chunk: Chunk, batch: int | None, progress: bool) -> Any:
     if batch is None:
         y, context = job.enter(chunk)
         return job.leave(job.run(y, context, progress), context)
+    return _streamed(job, chunk, batch, progress)
+
+
+@eager
+def _streamed(job: Job, chunk: Chunk, batch: int, progress: bool) -> Any:
     (result,) = stream(job, [chunk], batch, progress=progress, total=len(chunk.x))
     return result
 
 
 @contextmanager
 def recording(x: Tensor, grad: bool | None) -> Iterator[None]:
-    """Record gradients if asked to, or, by default, if the input requires them."""
-    wanted = x.requires_grad if grad is None else grad
+    """Record gradients if asked to, or, by default, if the input requires them or torch.func may ask for any."""
+    wanted = (x.requires_grad or within() is not None) if grad is None else grad
     with torch.set_grad_enabled(wanted and torch.is_grad_enabled()):
         yield

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from flowsolve._batch import rows
+from flowsolve._surroundings import refuse
 from flowsolve.flow import Flow
 from flowsolve.integrate import encode, sample
 from flowsolve.solvers.auto import Auto
@@ -80,6 +81,7 @@ def round_trip(
         >>> bool((report.error < 1e-4).all()), report.nfe.tolist()
         (True, [160, 160])
     """
+    refuse("round_trip, whose result has no derivatives,", "use encode and sample")
     interval = options.pop("interval", None) or (flow.path.window[1], 0.0)
     there = encode(flow, x, solver=solver, cond=cond, interval=interval, **options)
     grid = options.pop("grid", None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial, reduce
 from itertools import pairwise
@@ -23,8 +23,9 @@ from flowsolve import grids
 from flowsolve._arguments import check_gradient, check_solver, state
 from flowsolve._batch import Context, send, state_dtype
 from flowsolve._guard import Guard
+from flowsolve._surroundings import eager, mapped, moving, recorded
 from flowsolve.drivers import Ask, march
-from flowsolve.gradients import Backsolve, parameters_of
+from flowsolve.gradients import Backsolve, nudged, parameters_of, shift
 from flowsolve.planning import share, whole
 from flowsolve.pursuit import Metered, collect, pursue, resident
 from flowsolve.solution import Solution
@@ -48,6 +49,7 @@ def solve(
     progress: bool = False,
     throw: bool = True,
     gradient: str = "direct",
+    params: Iterable[Tensor] | None = None,
 ) -> Solution:
     """Solve any ODE dy/dt = f(t, y) from t0 to t1, in either direction.
 
@@ -56,7 +58,7 @@ def solve(
             (B, 1, …, 1) in an adaptive solve, where every sample has its own time; (B, 1) where y is a tree.
         y0: initial state: a tensor, or a tree (tuple, list, dict) of them, of shapes (B, *S), or any shapes with
             batched=False. f is given and returns the same tree.
-        t0, t1: the interval. Tensors that require gradients receive them, for one evaluation each.
+        t0, t1: the interval. Tensors that require gradients receive them, for two evaluations each.
         solver: a Runge–Kutta solver.
         nfe: evaluations to spend on equal steps, or the most a sample may spend with an adaptive solver.
         t_eval: times at which to return the state, strictly monotone from t0 towards t1; the last of them ends the
@@ -67,6 +69,8 @@ def solve(
         progress: show a progress bar (needs tqdm).
         throw: raise if any sample fails.
         gradient: "direct", "checkpoint" (memory of O(√steps)) or "adjoint"; see `flowsolve.gradients`.
+        params: for "adjoint": tensors that f depends on and that no search of f would find. What f is, wraps, holds or
+            refers to is searched, and its graph at both ends; what is missed all the same is a ValueError in backward.
 
     Returns:
         A `Solution`, with x of y0's shape, or (T, *y0.shape) with t_eval, NaN where a sample did not get. Gradients
@@ -146,18 +150,19 @@ def solve(
 
     context = Context(None, len(y))
     extra = 0
-    if isinstance(t0, Tensor) and t0.requires_grad:
-        y, extra = y - _shift(t0) * _slope(ask, y, start, context), 1
+    if moving(t0):
+        e = shift(t0)
+        y, extra = nudged(ask, y, start + e, -e, None), 2
     states, solution = trajectory(
         y, start, stops, answer, context, solver=solver, intervals=intervals, budget=nfe, dense=t_eval is not None,
-        mode=gradient if torch.is_grad_enabled() else "direct", functions=[f], progress=progress,
+        mode=gradient if torch.is_grad_enabled() else "direct", functions=[f, *_listed(params)], progress=progress,
     )  # fmt: skip
     ends = [t1] if t_eval is None else list(t_eval)
-    if any(isinstance(end, Tensor) and end.requires_grad for end in ends):
+    if any(moving(end) for end in ends):
         moved = []
         for x, end, stop in zip(states, ends, stops, strict=True):
-            if isinstance(end, Tensor) and end.requires_grad:
-                x, extra = x + _shift(end) * _slope(ask, x, stop, context), extra + 1
+            if moving(end):
+                x, extra = nudged(ask, x, stop, shift(end), None), extra + 2
             moved.append(x)
         states = torch.stack(moved)
     solution = replace(solution, nfe=solution.nfe + extra)
@@ -195,13 +200,18 @@ def trajectory(
         budget: the most evaluations a sample may cost in an adaptive solve.
         dense: whether the states at all stops are wanted, rather than the last.
         mode: how gradients are recorded, if autograd does; see `flowsolve.gradients`.
-        functions: where to look for parameters ("adjoint").
+        functions: where to look for parameters ("adjoint"): callables, modules and tensors.
 
     Returns:
         States of shape (T, B, *S), with T = 1 unless dense; and the solution, whose times are the clock of the solve.
     """
     if mode == "adjoint":
         return _adjoint(y, start, stops, ask, context, solver, intervals, budget, dense, functions, progress)
+    if mode == "checkpoint" and recorded():
+        raise NotImplementedError(
+            "gradient='checkpoint' is within a reverse-mode transform of torch.func, which takes no checkpoints; use "
+            "gradient='direct', or autograd itself"
+        )
     end, count = stops[-1], len(y)
     wanted = stops if dense else [end]
     if count == 0 or start == end:
@@ -210,19 +220,7 @@ def trajectory(
         return y.expand(len(wanted), *y.shape), Solution(y, zero, zero, zero, zero, there)
     if isinstance(solver, Foreign):
         assert not isinstance(budget, Metered)
-        extra = 0
-
-        def field(t: float, x: Tensor) -> Tensor:
-            nonlocal extra
-            query = Query(x, t)
-            slope: Tensor = ask(query, context.tree)
-            extra += query.cost - 1
-            return slope
-
-        states, nfe, status = solver.trajectory(field, y, start, wanted, budget, functions)
-        nfe = nfe + extra
-        zero, there = torch.zeros_like(nfe), torch.where(status == Status.SUCCESS, end, start)
-        return states, Solution(states[-1], nfe, status, zero, zero, there)
+        return _foreign(y, start, wanted, ask, context, solver, budget, functions)
     if intervals is not None:
         watch: dict[int, list[float]] = {}
         reached = [abs(b - start) for _, b, _ in intervals] if dense else []
@@ -239,25 +237,61 @@ def trajectory(
             return solution.x.unsqueeze(0), solution
         return torch.stack([y, *seen] if stops[0] == start else seen), solution
     assert isinstance(solver, Adaptive)
+    return _pursued(y, start, end, ask, context, solver, budget, stops if dense else (), mode, progress)
+
+
+@eager
+def _foreign(
+    y: Tensor,
+    start: float,
+    wanted: Sequence[float],
+    ask: Ask,
+    context: Context,
+    solver: Foreign,
+    budget: int | None,
+    functions: Sequence[Any],
+) -> tuple[Tensor, Solution]:
+    """`trajectory` by another library's loop."""
+    extra = 0
+
+    def field(t: float, x: Tensor) -> Tensor:
+        nonlocal extra
+        query = Query(x, t)
+        slope: Tensor = ask(query, context.tree)
+        extra += query.cost - 1
+        return slope
+
+    states, nfe, status = solver.trajectory(field, y, start, wanted, budget, functions)
+    nfe = nfe + extra
+    zero, there = torch.zeros_like(nfe), torch.where(status == Status.SUCCESS, wanted[-1], start)
+    return states, Solution(states[-1], nfe, status, zero, zero, there)
+
+
+@eager
+def _pursued(
+    y: Tensor,
+    start: float,
+    end: float,
+    ask: Ask,
+    context: Context,
+    solver: Adaptive,
+    budget: int | Metered | None,
+    stops: Sequence[float],
+    mode: str,
+    progress: bool,
+) -> tuple[Tensor, Solution]:
+    """`trajectory` by steps that the solver chooses."""
     parts = list(
         pursue(
-            solver,
-            resident(y, context),
-            start,
-            end,
-            ask,
-            width=count,
-            stops=stops if dense else (),
-            budget=budget,
-            segments=mode == "checkpoint",
-            progress=progress,
-            total=count,
+            solver, resident(y, context), start, end, ask, width=len(y), stops=stops, budget=budget,
+            segments=mode == "checkpoint", progress=progress, total=len(y),
         )
-    )
-    looks, solution = collect(parts, y, len(stops) if dense else 0)
+    )  # fmt: skip
+    looks, solution = collect(parts, y, len(stops))
     return solution.x.unsqueeze(0) if looks is None else looks, solution
 
 
+@eager
 def _adjoint(
     y: Tensor,
     start: float,
@@ -287,20 +321,10 @@ def _adjoint(
         ends = [(y[:1].detach(), start), (states[-1][:1].detach(), stops[-1])]
         slopes = [ask(Query(x, torch.full((1,), s, dtype=torch.float64)), one.tree) for x, s in ends]
     assert isinstance(solver, RungeKutta)
-    problem = Backsolve(solver, ask, context, start, list(stops) if dense else [stops[-1]], intervals)
-    states = problem.attach(y, states, parameters_of(functions, slopes))
+    parameters = parameters_of(functions, slopes)
+    problem = Backsolve(solver, ask, context, start, list(stops) if dense else [stops[-1]], intervals, parameters)
+    states = problem.attach(y, states)
     return states, replace(solution, x=states[-1])
-
-
-def _slope(ask: Ask, y: Tensor, t: float, context: Context) -> Tensor:
-    """f at one time, without gradients."""
-    with torch.no_grad():
-        return ask(Query(y.detach(), torch.full((len(y),), t, dtype=torch.float64)), context.tree)  # type: ignore[no-any-return]
-
-
-def _shift(t: Tensor) -> Tensor:
-    """0, with the derivative of t."""
-    return t - t.detach()
 
 
 class _Layout:
@@ -388,7 +412,19 @@ def _real(slope: Tensor, y: Tensor) -> None:
         )
 
 
+def _listed(params: Iterable[Tensor] | None) -> list[Tensor]:
+    found = list(params or ())
+    if wrong := [type(v).__name__ for v in found if not isinstance(v, Tensor)]:
+        raise TypeError(f"params holds a {wrong[0]}; expected tensors, such as net.parameters()")
+    return found
+
+
 def _number(t: float | Tensor, name: str) -> float:
+    if isinstance(t, Tensor) and mapped(t):
+        raise ValueError(
+            f"{name} is mapped by torch.func.vmap, but the solves behind one call share their times; bring them to one "
+            "interval: y'(u) = (t1 - t0) f(t0 + u (t1 - t0), y) for u from 0 to 1"
+        )
     found = float(t.detach() if isinstance(t, Tensor) else t)
     if not math.isfinite(found):
         raise ValueError(f"{name} = {found}; expected a finite time")

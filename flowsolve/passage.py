@@ -14,6 +14,7 @@ from torch import Tensor
 from flowsolve import charts, grids
 from flowsolve._arguments import check_gradient, check_grid, check_solver, state
 from flowsolve._batch import Context, choose, rows
+from flowsolve._surroundings import plain
 from flowsolve.capture import captured, require_cuda
 from flowsolve.charts import Chart
 from flowsolve.drivers import Ask, march, stepped
@@ -312,7 +313,7 @@ class Passage:
             return replace(solution, t=torch.full_like(solution.t, end))
         query = Query(solution.x, self.last)
         closed = self.estimate(query, context.tree).combine(data, noise)
-        finite = torch.isfinite(rows(closed.detach())).all(1).cpu()
+        finite = ~plain(~torch.isfinite(rows(closed.detach())).all(1)).cpu()
         return replace(
             solution,
             x=choose(solution.ok, closed, solution.x),

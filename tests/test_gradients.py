@@ -7,7 +7,9 @@ to rounding, for it repeats the same arithmetic.
 
 from __future__ import annotations
 
+import itertools
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from torch.autograd import gradcheck
 import flowsolve as fs
 from flowsolve.gradients import MODES, parameters_of
 from flowsolve.paths import VP, CondOT, Discrete
-from flowsolve.solvers import DDIM, RK4, Bosh3, Dopri5, Dopri8, Heun, Tsit5
+from flowsolve.solvers import DDIM, RK4, Bosh3, Dopri5, Dopri8, Heun, Midpoint, Tsit5
 
 TIGHT = {
     "bosh3": (Bosh3(1e-8, 1e-8), None),
@@ -157,6 +159,81 @@ def test_second_derivatives() -> None:
         assert second.item() == pytest.approx(2 / 0.7**3, rel=1e-9)
 
 
+SECOND = [TIGHT["dopri5"], TIGHT["rk4"], (Dopri5(1e-10, 1e-10), "t_eval")]
+
+
+@every_mode
+@pytest.mark.parametrize(("solver", "nfe"), SECOND, ids=["dopri5", "rk4", "t_eval"])
+def test_second_derivatives_in_end_times(solver: Any, nfe: Any, mode: str) -> None:
+    """y' = -(1 + t) y: y₁ + dy₁/dt₁ = -t₁ y₁, whose gradients are t₁ y₁'s in all that y₁ depends on."""
+    y0, t0, t1, rate = number(1.3), number(0.2), number(0.9), number(1.0)
+    wanted = (y0, t1, rate, t0)
+
+    def solve(t0: Any) -> Tensor:
+        f = lambda t, y: -rate * (1.0 + t) * y  # noqa: E731
+        if nfe == "t_eval":
+            sol = fs.solve(
+                f, y0.reshape(1, 1), t0, 2.0, solver=solver, gradient=mode, t_eval=torch.stack([t1, t1 + 0.3])
+            )
+            return sol.x[0].sum()  # type: ignore[index]
+        return fs.solve(f, y0.reshape(1, 1), t0, t1, solver=solver, nfe=nfe, gradient=mode).x.sum()  # type: ignore[union-attr]
+
+    closed = lambda t0: y0 * torch.exp(-rate * ((t1 - t0) + 0.5 * (t1**2 - t0**2)))  # noqa: E731
+    for y, truth in ((solve(t0), closed(t0)), (solve(0.2), closed(0.2))):
+        expected = torch.autograd.grad(truth * (1.0 - rate * (1.0 + t1)), wanted, allow_unused=True)
+        (first,) = torch.autograd.grad(y, t1, create_graph=True)
+        found = torch.autograd.grad(y + first, wanted, allow_unused=True)
+        for a, b in zip(found, expected, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None and b is not None:
+                torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_second_derivatives_mixed_in_both_times() -> None:
+    """∂²y/∂t₀∂t₁ and ∂²y/∂t₀², which the adjoint refuses, for it would go through its own backward pass."""
+    for mode in MODES:
+        y0, t0, t1 = torch.ones(1, 1, dtype=torch.float64), number(0.2), number(0.9)
+        y = fs.solve(lambda t, y: -(1.0 + t) * y, y0, t0, t1, solver=Dopri5(1e-10, 1e-10), gradient=mode).x
+        (first,) = torch.autograd.grad(y.sum(), t0, create_graph=True)
+        if mode == "adjoint":
+            with pytest.raises(NotImplementedError, match="use gradient='checkpoint' or 'direct'"):
+                torch.autograd.grad(first, t0)
+            continue
+        truth = torch.exp(-((t1 - t0) + 0.5 * (t1**2 - t0**2)))
+        (expected,) = torch.autograd.grad(truth, t0, create_graph=True)
+        for a, b in zip(torch.autograd.grad(first, (t0, t1)), torch.autograd.grad(expected, (t0, t1)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
+
+
+def test_a_third_derivative_in_one_time_is_refused() -> None:
+    """One in other things as well is right: ∂³y/∂t∂y₀² of y = y₀/(1 − y₀t)."""
+    for mode in ("direct", "checkpoint"):
+        y0, t1 = number(0.3), number(1.0)
+        y = fs.solve(lambda t, y: y * y, y0.reshape(1, 1), 0.0, t1, solver=Dopri8(1e-12, 1e-12), gradient=mode).x
+        truth = y0 / (1.0 - y0 * t1)
+        found, expected = y.sum(), truth
+        for v in (t1, y0, y0):
+            (found,) = torch.autograd.grad(found, v, create_graph=True)
+            (expected,) = torch.autograd.grad(expected, v, create_graph=True)
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=0.0)
+        found = y.sum()
+        for _ in range(2):
+            (found,) = torch.autograd.grad(found, t1, create_graph=True)
+        with pytest.raises(NotImplementedError, match="differentiated three times with respect to one of its times"):
+            torch.autograd.grad(found, t1)
+
+
+def test_the_adjoint_s_gradient_is_not_taken_for_a_constant() -> None:
+    """Through torch.autograd.grad(inputs=…) beside something else that depends on y₀, too: no share is dropped."""
+    w, y0 = number(0.5), normal(3, 2).requires_grad_()
+    y = fs.solve(lambda t, y: torch.sin(w * y), y0, 0.0, 1.0, solver=Dopri5(), gradient="adjoint").x
+    first = torch.autograd.grad(y.sum(), (y0, w), create_graph=True)  # type: ignore[union-attr]
+    torch.testing.assert_close(first, torch.autograd.grad(y.sum(), (y0, w), retain_graph=True))  # type: ignore[union-attr]
+    for part, wanted in itertools.product(first, (y0, w)):
+        with pytest.raises(NotImplementedError, match="adjoint has first"):
+            torch.autograd.grad(part.sum() + (y0 * w).sum(), wanted, retain_graph=True)
+
+
 # --- flows -----------------------------------------------------------------------------------------------------------
 
 
@@ -285,6 +362,137 @@ def test_parameters_are_found_in_modules_closures_and_graphs() -> None:
     assert found == {id(gain), *(id(p) for p in net.parameters())}
     assert not found & {id(p) for p in unused.parameters()}
     assert {id(p) for p in parameters_of([net.forward], [])} == {id(p) for p in net.parameters()}
+
+
+def linear(seed: int) -> nn.Linear:
+    torch.manual_seed(seed)
+    return nn.Linear(2, 2).double()
+
+
+GLOBAL, TABLE = linear(1), {"inner": [linear(2)], "gain": normal(2, seed=3).requires_grad_()}
+
+
+def through_a_global(y: Tensor) -> Tensor:
+    out: Tensor = TABLE["inner"][0](GLOBAL(y)) * TABLE["gain"]  # type: ignore[index,operator]
+    return out
+
+
+def phase(t: Tensor) -> int:
+    """Which third of the interval, so that the ends of it see the first and the last expert only."""
+    return min(2, int(3.0 * float(t.flatten()[0])))
+
+
+class Hidden(nn.Module):
+    """Experts in a plain list, of which nn.Module knows nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._experts = [linear(k) for k in range(3)]
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        out: Tensor = self._experts[phase(t)](y)
+        return out
+
+
+class Slotted:
+    """An object with neither a dictionary nor modules."""
+
+    __slots__ = ("gains",)
+
+    def __init__(self) -> None:
+        self.gains = {k: normal(2, seed=k).requires_grad_() for k in range(3)}
+
+    def slope(self, t: Tensor, y: Tensor) -> Tensor:
+        return torch.sin(y) * self.gains[phase(t)]
+
+    __call__ = slope
+
+
+def holders() -> dict[str, tuple[Any, list[Tensor]]]:
+    """Right-hand sides, and the leaves that they depend on."""
+    gains = [normal(2, seed=k).requires_grad_() for k in range(3)]
+    made = [2.0 * g for g in gains]
+    hidden, slotted = Hidden(), Slotted()
+
+    def default(t: Tensor, y: Tensor, gains: list[Tensor] = gains) -> Tensor:
+        return y * gains[phase(t)]
+
+    inner = TABLE["inner"][0]  # type: ignore[index]
+    return {
+        "globals": (lambda t, y: through_a_global(y), [*GLOBAL.parameters(), *inner.parameters(), TABLE["gain"]]),
+        "closure": (lambda t, y: y * gains[phase(t)], gains),
+        "default": (default, gains),
+        "partial": (partial(lambda g, t, y: y * g["all"][phase(t)], {"all": tuple(gains)}), gains),
+        "method": (slotted.slope, list(slotted.gains.values())),
+        "callable": (slotted, list(slotted.gains.values())),
+        "module": (hidden, [p for expert in hidden._experts for p in expert.parameters()]),
+        "derived": (lambda t, y: y * made[phase(t)], gains),
+    }
+
+
+@pytest.mark.parametrize("holder", holders())
+def test_the_adjoint_finds_what_a_slope_depends_on(holder: str) -> None:
+    """Against the direct gradient.
+
+    Where experts change is a node of the grid, so both are of order 2 in the step, h = 1/180, and h² = 3e-5.
+    """
+    f, wanted = holders()[holder]
+    found = []
+    for mode in ("direct", "adjoint"):
+        y0 = normal(3, 2).requires_grad_()
+        y = fs.solve(f, y0, 0.0, 1.0, solver=Midpoint(), nfe=360, gradient=mode).x
+        found.append(torch.autograd.grad(y.square().sum(), (y0, *wanted), retain_graph=True))  # type: ignore[union-attr]
+    size = max(float(a.abs().max()) for a in found[0])
+    for a, b in zip(*found, strict=True):
+        assert bool((a != 0).any())
+        assert float((a - b).abs().max()) < 1e-4 * size
+
+
+class Secret:
+    """A store that no search looks into."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self.read = iter(tensors).__reduce__
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_parameter_that_is_not_found_is_an_error_and_can_be_given(known: bool) -> None:
+    """In the middle of the interval only; with other parameters that are found, and without."""
+    secret, gain = Secret(middle := number(0.8)), number(1.1)
+
+    def f(t: Tensor, y: Tensor) -> Tensor:
+        inside = 0.3 < float(t.flatten()[0]) < 0.7
+        return torch.sin(y) * ((gain if known else 1.1) + (secret.read()[1][0][0] if inside else 0.0))
+
+    def solve(mode: str, **options: Any) -> tuple[Tensor, Tensor]:
+        y0 = normal(3, 2).requires_grad_()
+        y = fs.solve(f, y0, 0.0, 1.0, solver=Midpoint(), nfe=200, gradient=mode, **options).x
+        return torch.autograd.grad(y.sum(), (y0, middle))  # type: ignore[union-attr,return-value]
+
+    with pytest.raises(ValueError, match=r"no way to 1 tensor\(s\) .* give fs.solve params="):
+        solve("adjoint")
+    for a, b in zip(solve("direct"), solve("adjoint", params=iter([middle])), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
+    with pytest.raises(TypeError, match="params holds a float"):
+        solve("adjoint", params=[0.8])
+
+
+def test_a_leaf_that_a_field_makes_is_no_parameter() -> None:
+    """An energy's gradient is taken at a fresh leaf, which is gone after the call."""
+    w = number(0.5)
+
+    def force(t: Tensor, y: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = y.detach().requires_grad_()
+            (slope,) = torch.autograd.grad((w * x**4).sum(), x, create_graph=True)
+        return -slope
+
+    found = []
+    for mode in ("direct", "adjoint"):
+        y0 = normal(3, 2).requires_grad_()
+        x = fs.solve(force, y0, 0.0, 1.0, solver=Dopri5(1e-9, 1e-9), gradient=mode).x
+        found.append(torch.autograd.grad(x.sum(), w)[0])  # type: ignore[union-attr]
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-7)
 
 
 def test_a_sample_that_fails_has_no_adjoint() -> None:

@@ -24,7 +24,8 @@ What differs:
 * Unknown options are a TypeError (there: a warning).
 * `max_num_steps` is for the whole solve: so many for each interval of t together.
 * Derivatives with respect to t are those of the solution, $\partial y(t_i)/\partial t_i = f(t_i, y_i)$, with either
-  function: an evaluation for each time. torchdiffeq's `odeint` differentiates the steps, grid included.
+  function, first and second (`flowsolve.gradients`): two evaluations for each time. torchdiffeq's `odeint`
+  differentiates the steps, grid included.
 * The adjoint finds the parameters itself, and integrates their gradients beside the steps (`flowsolve.gradients`), so
   that they are no part of any norm: what torchdiffeq calls a seminorm.
 
@@ -43,11 +44,13 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flowsolve._batch import Context, state_dtype
+from flowsolve._surroundings import mapped, moving
 from flowsolve.drivers import Ask
-from flowsolve.kernels import aim, rms
+from flowsolve.gradients import nudged, shift
+from flowsolve.kernels import aim, host, rms
 from flowsolve.ode import trajectory
 from flowsolve.solution import SolverError
 from flowsolve.solvers.adaptive import Adaptive, AdaptiveState, Attempt, Bosh3, Dopri5, Dopri8, Tsit5
@@ -198,9 +201,8 @@ def odeint_adjoint(
     _check_back(rtol, atol, method, options, adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options)
     if hooks := [f"{name}_adjoint" for name in CALLBACKS if hasattr(func, f"{name}_adjoint")]:
         raise ValueError(f"func defines {', '.join(hooks)}; there are no callbacks on the way back here: remove them")
-    given = _Listed(adjoint_params or ())
     mode = "adjoint" if torch.is_grad_enabled() else "direct"
-    return _solved(func, y0, t, rtol, atol, method, options, event_fn, mode, [func, given])
+    return _solved(func, y0, t, rtol, atol, method, options, event_fn, mode, [func, tuple(adjoint_params or ())])
 
 
 def _solved(
@@ -240,9 +242,9 @@ def _solved(
     hooks = _hooks(func, nodes is None)
     if hooks:
         solver = _watched(solver, hooks, layout, t)
-    context, moving = Context(None, 1), t.requires_grad and torch.is_grad_enabled()
-    if moving:
-        y = y - (t - t.detach())[0].to(y.device, y.dtype) * _frozen(ask, y, times[0])
+    context, shifts = Context(None, 1), shift(t) if moving(t) else None
+    if shifts is not None:
+        y = nudged(ask, y, times[0] + shifts[0], -shifts[0], None)
     try:
         if nodes is None:
             states, solution = trajectory(
@@ -261,16 +263,9 @@ def _solved(
         raise SolverError(replace(error.solution, x=layout.unpack(error.solution.x[0]))) from None
     finally:
         hooks.clear()  # gradients come later, and call nobody
-    if moving:
-        slopes = torch.stack([_frozen(ask, x, time) for x, time in zip(states, times, strict=True)])
-        states = states + (t - t.detach()).to(y.device, y.dtype)[:, None, None] * slopes
+    if shifts is not None:
+        states = torch.stack([nudged(ask, x, s, e, None) for x, s, e in zip(states, times, shifts, strict=True)])
     return layout.unpack(states[:, 0])
-
-
-def _frozen(ask: Ask, y: Tensor, time: float) -> Tensor:
-    """f at one time, without gradients."""
-    with torch.no_grad():
-        return ask(Query(y.detach(), time), None)  # type: ignore[no-any-return]
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------
@@ -280,7 +275,9 @@ def _times(t: Any) -> list[float]:
     if not isinstance(t, Tensor) or not t.is_floating_point() or t.ndim != 1 or not len(t):
         got = f"a tensor of {t.dtype} and shape {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
         raise TypeError(f"t is {got}; expected a floating-point tensor of times, of shape (T,)")
-    times: list[float] = t.detach().cpu().double().tolist()
+    if mapped(t):
+        raise ValueError("t is mapped by torch.func.vmap, but the solves behind one call share their times")
+    times: list[float] = host(t).tolist()
     steps = [b - a for a, b in pairwise(times)]
     if not all(d > 0 for d in steps) and not all(d < 0 for d in steps):
         raise ValueError(f"t = {times}; expected strictly increasing or decreasing times")
@@ -437,7 +434,11 @@ class _Layout:
         """What answers queries about a row."""
 
         def ask(query: Query, context: Any) -> Tensor:
-            t = torch.full((), float(query.t), dtype=self.wide, device=query.x.device)
+            time = query.t
+            if isinstance(time, Tensor) and moving(time):
+                t = time.reshape(()).to(query.x.device, self.wide)
+            else:
+                t = torch.full((), float(time), dtype=self.wide, device=query.x.device)
             slope = func(t, self.unpack(query.x[0].clone()))  # func may write into it; `pack` copies what it returns
             if self.tupled:
                 slope = tuple(slope)
@@ -463,18 +464,6 @@ class _Layout:
             return torch.as_tensor(given(self.unpack(row[0])), device=row.device).abs().reshape(1)
 
         return norm
-
-
-class _Listed(nn.Module):
-    """A module whose parameters are the tensors listed."""
-
-    def __init__(self, listed: Sequence[Tensor]) -> None:
-        super().__init__()
-        self._listed = list(listed)
-
-    def parameters(self, recurse: bool = True) -> Any:
-        """The tensors."""
-        return iter(self._listed)
 
 
 # --- callbacks -------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from flowsolve._batch import MARK, per_sample, take
+from flowsolve._surroundings import array
 from flowsolve.flow import Flow
 from flowsolve.guidance.base import STRAIGHT, Guided, Interval, Schedule, require_flow, straight
 from flowsolve.guidance.conditioning import RESERVED, select
@@ -67,7 +68,7 @@ class Autoguidance(Extrapolation):
         share = _share(self.path, t)
         known = (share >= self._range[0]) & (share <= self._range[1])
         if isinstance(known, Tensor):
-            return weights if bool(known.all()) else np.where(known.numpy(), weights, 1.0)
+            return weights if bool(known.all()) else np.where(array(known), weights, 1.0)
         return weights if known else 1.0
 
     def _time(self, t: Any) -> Any:

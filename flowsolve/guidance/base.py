@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from flowsolve._batch import MARK, per_sample, take
+from flowsolve._surroundings import array
 from flowsolve.checks import CheckReport
 from flowsolve.flow import Flow
 from flowsolve.guidance.conditioning import own
@@ -149,9 +150,9 @@ class Schedule:
         if not isinstance(lam, Tensor):
             return self._at(lam)
         if callable(self.scale):
-            return np.array([self._at(v) for v in lam.flatten().tolist()]).reshape(lam.shape)
+            return np.array([self._at(v) for v in array(lam).ravel().tolist()]).reshape(lam.shape)
         inside = (lam >= self.interval.low) & (lam < self.interval.high)
-        return np.where(inside.numpy(), self.scale, self.off)
+        return np.where(array(inside), self.scale, self.off)
 
     def _at(self, lam: float) -> float:
         if lam not in self.interval:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flowsolve._batch import MARK, per_sample, send, state_dtype, take
+from flowsolve._surroundings import array
 from flowsolve.conditioning import plain
 from flowsolve.flow import Flow
 from flowsolve.guidance.base import STRAIGHT, Guided, Schedule, host, straight
@@ -66,7 +67,7 @@ class Extrapolation(Guided):
         if self._zero_until == -math.inf:
             return False
         still = self.path.log_snr(t) < self._zero_until
-        return still.numpy() if isinstance(still, Tensor) else still
+        return array(still) if isinstance(still, Tensor) else still
 
     def _extra(self, t: Any) -> Any:
         """Evaluations that the weaker estimate costs at a flow time on the host."""

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from flowsolve._batch import MARK, per_sample, send, take
+from flowsolve._surroundings import bare
 from flowsolve.conditioning import plain
 from flowsolve.flow import Flow, network_time
 from flowsolve.guidance.base import STRAIGHT, Guided, Interval, Schedule, host, moved, require_flow, straight
@@ -121,21 +122,28 @@ class _Gradient(Guided):
         def ask(state: Tensor) -> Tensor:
             return self.base.call(state, t, clock=clock, **cond, **{MARK: marks})
 
-        with torch.enable_grad():
-            here = x if recording and x.requires_grad else x.detach().requires_grad_()
+        def total(here: Tensor) -> tuple[Tensor, Tensor]:
             output, value = self._value(here, x, t, point, ask, given, recording)
             if not isinstance(value, Tensor) or value.shape != x.shape[:1]:
                 got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(f"log_prob returned {got}; expected one number a sample, shape ({len(x)},)")
-            slope = None
-            if value.requires_grad:
-                (slope,) = torch.autograd.grad(value.sum(), here, create_graph=recording, allow_unused=True)
-            if slope is None:
-                raise ValueError(
-                    "log_prob does not depend on its argument for autograd, so there is no gradient to follow; remove "
-                    "no_grad, detach or NumPy from it"
-                )
-        output = output if recording else output.detach()
+            return value.sum(), output
+
+        if not bare():  # torch.func and forward mode see through a transform, not through a graph
+            slope, output = torch.func.grad(total, has_aux=True)(x)
+        else:
+            with torch.enable_grad():
+                here = x if recording and x.requires_grad else x.detach().requires_grad_()
+                value, output = total(here)
+                slope = None
+                if value.requires_grad:
+                    (slope,) = torch.autograd.grad(value, here, create_graph=recording, allow_unused=True)
+                if slope is None:
+                    raise ValueError(
+                        "log_prob does not depend on its argument for autograd, so there is no gradient to follow; "
+                        "remove no_grad, detach or NumPy from it"
+                    )
+            output = output if recording else output.detach()
         weights = torch.from_numpy(weights) if isinstance(weights, np.ndarray) else weights
         change = per_sample(weights, output) * per_sample(point.sigma, output) * slope.to(output.dtype)
         return moved(output, point, NOISE, -change)

@@ -37,6 +37,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from flowsolve.kernels import control, twin
 from flowsolve.kernels.control import Law, Verdict
@@ -221,6 +222,8 @@ def _fused(y: Tensor, recording: bool) -> ModuleType | None:
 def _served(kind: str, mode: str, cost: float) -> ModuleType | None:
     """The module of a kind, if it is there or worth loading, now that something comes that it would save `cost`."""
     if kind not in MODULES or torch.compiler.is_compiling() or _within_transform() is not None:
+        return None
+    if forward_ad._current_level >= 0:  # a tangent travels beside each tensor, out of a kernel's sight
         return None
     if kind not in _loaded:
         if kind.endswith("cuda") and torch.cuda.is_current_stream_capturing():

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowsolve._batch import rows, send
+from flowsolve._surroundings import array, within
 
 __all__ = ["error_norm", "host", "largest", "merge", "rms", "scale", "weighted"]
 
@@ -43,6 +44,8 @@ def largest(x: Tensor) -> Tensor:
 
 def host(v: Tensor) -> NDArray[np.float64]:
     """Numbers of a device as float64 on the host: the one read that an adaptive step waits for."""
+    if within() is not None:
+        return array(v.double())
     numbers = v.detach()
     if not (v.is_cpu and v.dtype is torch.float64):
         numbers = numbers.cpu().double()
@@ -55,7 +58,8 @@ def weighted(slopes: Sequence[Tensor], weights: NDArray[np.float64], base: Tenso
         if base is None:
             raise ValueError("nothing to add up: no slopes and no state")
         return base
-    total, fresh = base, False  # fresh: `total` is ours to write to
+    # fresh: `total` is ours to write to. What vmap maps cannot be written to a plain tensor: there nothing is.
+    total, fresh, writes = base, False, within() is None
     numbers: Sequence[Any]
     if len(weights) == 1:
         numbers = weights[0].tolist()
@@ -70,7 +74,7 @@ def weighted(slopes: Sequence[Tensor], weights: NDArray[np.float64], base: Tenso
             continue
         part = k * w
         total = part if total is None else total.add_(part) if fresh else total + part
-        fresh = not part.requires_grad
+        fresh = writes and not part.requires_grad
     assert total is not None
     return total
 
@@ -93,7 +97,8 @@ def error_norm(
     with torch.no_grad():
         local = weighted(slopes, weights)
         local = torch.add(local, ahead, alpha=0.0)  # an infinite state is an infinite error, whatever the scale
-        return norm(local.div_(scale(torch.maximum(y.abs(), ahead.abs()), atol, rtol)))
+        unit = scale(torch.maximum(y.abs(), ahead.abs()), atol, rtol)
+        return norm(local.div_(unit) if within() is None else local / unit)
 
 
 def merge(accepted: NDArray[np.bool_], new: Tensor, old: Tensor) -> Tensor:

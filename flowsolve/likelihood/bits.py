@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowsolve._surroundings import refuse
 from flowsolve.flow import Flow
 from flowsolve.likelihood.dequantize import Dequantizer, declared, filled, placed, readable, resolve
 from flowsolve.likelihood.log_prob import log_prob
@@ -137,6 +138,7 @@ def bits_per_dim(
     transform, count = declared(flow), level_count(flow, bits, levels)
     k = readable(images, count)
     _check(dequantize, importance, draws, options)
+    refuse("bits_per_dim, whose result has no derivatives,", "use log_prob(…, grad=True)")
     if interval is None and dequantize == "truncated_normal":
         interval = (filled(flow, transform, count, tuple(k.shape[1:])), 0.0)
     start, end = interval or (flow.path.window[1], 0.0)

@@ -76,6 +76,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowsolve._batch import send
+from flowsolve._surroundings import array
 from flowsolve.paths import Path
 from flowsolve.solvers.exponential import FORMS, update
 
@@ -257,9 +258,9 @@ class Curve:
 
     def worst(self, count: int) -> NDArray[np.int64]:
         """For each sample the first of the `count` consecutive nodes that the solver missed most, (B,)."""
-        missed = self.missed().cpu().double().nan_to_num(posinf=0.0).cumsum(0)
-        before = torch.cat((torch.zeros_like(missed[:1]), missed))
-        found: NDArray[np.int64] = (before[count:] - before[:-count]).argmax(0).numpy() + 1
+        missed = np.nan_to_num(array(self.missed().double()), posinf=0.0).cumsum(0)
+        before = np.concatenate((np.zeros_like(missed[:1]), missed))
+        found: NDArray[np.int64] = (before[count:] - before[:-count]).argmax(0) + 1
         return found
 
     def approach(self, k: NDArray[np.int64]) -> Tensor:

@@ -54,6 +54,7 @@ from torch import Tensor
 
 from flowsolve._arguments import check_flow, state
 from flowsolve._batch import rows
+from flowsolve._surroundings import refuse
 from flowsolve.conditioning import settled
 from flowsolve.flow import Flow
 from flowsolve.likelihood.bits import level_count
@@ -157,6 +158,7 @@ def variational_bound(
         True
     """
     check_flow(flow, cond)
+    refuse("variational_bound, whose result has no derivatives,", "use log_prob(…, grad=True)")
     _check(draws, times)
     if not isinstance(x, Tensor):
         raise TypeError(f"x is a {type(x).__name__}; expected a tensor of integers, or of floating continuous data")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from flowsolve import charts
 from flowsolve._arguments import check_flow, check_solver, device_of, shape_of, state
+from flowsolve._surroundings import bare
 from flowsolve.charts import Chart
 from flowsolve.conditioning import settled
 from flowsolve.flow import Flow
@@ -110,7 +111,7 @@ def log_prob(
     check_flow(flow, cond)
     x = state(x)
     ends = falling(flow, interval)
-    graph = torch.is_grad_enabled() and (x.requires_grad if grad is None else grad)
+    graph = _recorded(x, grad)
     job = reading(
         flow, ends, solver=solver, trace=trace, probes=probes, seed=seed, nfe=nfe, grid=grid, chart=chart,
         prior=prior, repeats=repeats, tolerance=tolerance, gradient=gradient, graph=graph,
@@ -194,7 +195,7 @@ def sample_log_prob(
     else:
         x = state(start)
         noise = Noise.for_batch(seed, len(x), samples)
-    graph = torch.is_grad_enabled() and (x.requires_grad if grad is None else grad)
+    graph = _recorded(x, grad)
     job = reading(
         flow, (begin, end), solver=solver, trace=trace, probes=probes, seed=seed, nfe=nfe, grid=grid, chart=chart,
         prior=prior, repeats=repeats, tolerance=tolerance, gradient=gradient, graph=graph,
@@ -251,8 +252,15 @@ def reading(
     )  # fmt: skip
 
 
+def _recorded(x: Tensor, grad: bool | None) -> bool:
+    """Whether to keep derivatives: if asked to, or, by default, if x requires them or what surrounds us may ask."""
+    if not bare():
+        return grad is None or grad
+    return torch.is_grad_enabled() and (x.requires_grad if grad is None else grad)
+
+
 def _found(job: Along | Joint, chunk: Chunk, batch: int | None, progress: bool, throw: bool, graph: bool) -> LogProb:
-    with torch.set_grad_enabled(graph):
+    with torch.set_grad_enabled(graph and torch.is_grad_enabled()):
         found: LogProb = passed(job, chunk, batch, progress)
     if throw:
         found.solution.raise_on_failure()

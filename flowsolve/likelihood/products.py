@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["AT_ONCE", "Forward", "Function", "Product", "Reverse", "Unseen", "full"]
+__all__ = ["AT_ONCE", "Forward", "Function", "Product", "Pulled", "Reverse", "Unseen", "full"]
 
 AT_ONCE = 64
 """The most products in one batched pass, whose intermediate values take as many times the memory of one."""
@@ -49,6 +49,16 @@ class Reverse:
         if found is None:
             raise Unseen("")
         return found
+
+
+class Pulled:
+    """vᵀJ within a transform of torch.func or forward-mode derivatives, which see through it."""
+
+    def __init__(self, function: Function, x: Tensor) -> None:
+        self.output, self.pull = torch.func.vjp(function, x)  # type: ignore[misc]
+
+    def __call__(self, vectors: Tensor) -> Tensor:
+        return torch.stack([self.pull(v)[0] for v in vectors])
 
 
 class Forward:

@@ -48,8 +48,9 @@ import torch
 from torch import Tensor
 
 from flowsolve._batch import per_sample
+from flowsolve._surroundings import bare
 from flowsolve.flow import Flow
-from flowsolve.likelihood.products import AT_ONCE, Forward, Function, Product, Reverse, Unseen, full
+from flowsolve.likelihood.products import AT_ONCE, Forward, Function, Product, Pulled, Reverse, Unseen, full
 from flowsolve.noise import PROBE, Noise
 from flowsolve.paths import Point
 from flowsolve.predictions import Estimate
@@ -145,6 +146,9 @@ class Trace:
 
     def _linearised(self, function: Function, x: Tensor, first: Tensor | None, graph: bool) -> tuple[Tensor, Product]:
         """One call of the network, and products with its Jacobian, the first of them with `first`."""
+        if not bare():
+            pulled = Pulled(function, x)
+            return pulled.output, pulled
         mode = self._learnt.get("mode", self.mode)
         if mode != "forward":
             with torch.enable_grad():
@@ -182,11 +186,11 @@ class Exact(Trace):
     def _estimate(self, product: Product, x: Tensor, probes: Tensor | None) -> Tensor:
         size, total = math.prod(x.shape[1:]), x.new_zeros(x.shape[0])
         for first in range(0, size, AT_ONCE):
-            some = torch.arange(first, min(size, first + AT_ONCE), device=x.device)
-            basis = x.new_zeros(len(some), *x.shape)  # contiguous whatever x is, so that its rows are a view
-            basis.flatten(2)[torch.arange(len(some), device=x.device), :, some] = 1.0
-            found = product(basis).flatten(2)
-            total = total + found[torch.arange(len(some), device=x.device), :, some].sum(0)
+            count = min(size - first, AT_ONCE)
+            units = torch.eye(count, size, dtype=x.dtype, device=x.device).roll(first, 1)
+            basis = units.unsqueeze(1).expand(-1, x.shape[0], -1).reshape(count, *x.shape)
+            found = product(basis).flatten(2)[..., first : first + count]
+            total = total + found.diagonal(0, 0, 2).T.sum(0)
         return total.unsqueeze(1)
 
     def stderr(self, totals: Tensor) -> Tensor:

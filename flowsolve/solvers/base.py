@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowsolve._batch import per_sample, send
+from flowsolve._surroundings import array
 from flowsolve.charts import Chart
 from flowsolve.flow import Flow
 from flowsolve.noise import Noise
@@ -307,7 +308,7 @@ def charted(query: Query, chart: Chart, path: Path) -> Query:
         t = chart.time(path, clock.flatten()).unflatten(0, clock.shape)
         points = path.at(t)
         c = chart.scale(points)
-        return Nodes(t.numpy()), points, c if isinstance(c, float) else send(c, y, y.dtype)
+        return Nodes(array(t)), points, c if isinstance(c, float) else send(c, y, y.dtype)
 
     times, points, c = nodes.once((chart, path), translate)
     point = Point(*(v[row] for v in points))

@@ -60,6 +60,7 @@ from torch import Tensor
 from flowsolve._batch import rows
 from flowsolve._optional import require
 from flowsolve._parameters import parameters_of
+from flowsolve._surroundings import refuse
 from flowsolve.charts import Chart
 from flowsolve.flow import Flow
 from flowsolve.noise import Noise, interval
@@ -166,6 +167,8 @@ class Torchdiffeq(Foreign):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Solve dy/dt = field(t, y) from y at the start; see `flowsolve.solvers.base.Foreign`."""
         library = require("torchdiffeq", "bridges", f"Torchdiffeq({self.method!r})")
+        if self.adjoint or self.method in PAIRS or self.method == SCIPY:
+            refuse(f"{self!r}, whose library has derivatives of autograd only,", "use a solver such as Dopri5()")
         times = [start, *(s for s in stops if s != start)]
         grid = self._grid(times, budget)
         recording = torch.is_grad_enabled()
@@ -185,6 +188,7 @@ class Torchdiffeq(Foreign):
                     counted, y, t, **tolerances, options=there, adjoint_options=back,
                     adjoint_params=parameters,
                 )  # fmt: skip
+                states = _First.apply(states)  # type: ignore[no-untyped-call]
             else:
                 states = library.odeint(counted, y, t, **tolerances, options=self._options(grid, times[-1:], t))
         except _Spent:
@@ -332,6 +336,23 @@ class _Counted:
             return Status.UNDERFLOW if finite else Status.NONFINITE
         assert error is not None
         raise error
+
+
+class _First(torch.autograd.Function):
+    """Identity on states whose second derivatives would be lost on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor) -> Tensor:
+        return states.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradients: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "create_graph=True through Torchdiffeq(…, adjoint=True), whose gradients have no derivatives; use "
+                "adjoint=False"
+            )
+        return gradients
 
 
 class _Nodes:

@@ -65,6 +65,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flowsolve._surroundings import array, within
 from flowsolve.charts import Chart
 from flowsolve.paths import Path, Point
 from flowsolve.predictions import Estimate
@@ -249,7 +250,7 @@ class _Interval:
             exponent = -(self.mixing + 2.0) * self.form.log_ratio(v) - v
             w = w * np.exp(exponent - exponent.max())
             if variable == "time":
-                v = self.path.time(torch.from_numpy(v)).numpy()
+                v = array(self.path.time(torch.from_numpy(v)))
         w, places = w / w.sum(), [self.place(t, variable) for t in nodes]
         share = []
         for j, x in enumerate(places):
@@ -281,10 +282,10 @@ def _quadrature(a: float, b: float, rate: float) -> tuple[Vector, Vector]:
 
 def applied(made: Update, x: Tensor, values: Iterable[Tensor]) -> Tensor:
     """X x + Σ w F, without the noise."""
-    total = x * made.state
+    total, kept = x * made.state, within() is not None  # what vmap maps cannot be written to a plain tensor
     for w, value in zip(made.weights, values, strict=True):
         if w:
-            total = total.add(value, alpha=w) if total.requires_grad else total.add_(value, alpha=w)
+            total = total.add(value, alpha=w) if kept or total.requires_grad else total.add_(value, alpha=w)
     return total
 
 

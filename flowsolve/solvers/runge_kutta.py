@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowsolve._batch import take
+from flowsolve._surroundings import within
 from flowsolve.charts import CHARTS, Chart
 from flowsolve.flow import Flow
 from flowsolve.kernels import Slopes
@@ -92,7 +93,7 @@ def add_up(y: Tensor, h: float, terms: Sequence[tuple[int, float]], slopes: Sequ
     """y + h Σ w_j k_j with one h for all samples: a plain sum, cheaper to launch than any kernel."""
     (j, w), *others = terms
     total = y.add(slopes[j], alpha=h * w)
-    if total.requires_grad:
+    if total.requires_grad or within() is not None:
         for j, w in others:
             total = total.add(slopes[j], alpha=h * w)
     else:

@@ -213,6 +213,23 @@ def test_gradients_with_respect_to_time(t: Tensor, ours: Callable[..., Any]) -> 
     same(found, expected, 1e-5)
 
 
+@pytest.mark.parametrize("options", [{}, {"method": "rk4", "options": {"step_size": 0.01}}], ids=["dopri5", "rk4"])
+def test_second_derivatives_with_respect_to_time(options: Any) -> None:
+    """Of y₁ + dy₁/dt₁ with y' = −(1 + t) y, beside torchdiffeq's (which differentiates its interpolant: 1e-4)."""
+    found = []
+    for solve in (odeint, torchdiffeq.odeint):
+        y0 = torch.ones(2, dtype=torch.float64, requires_grad=True)
+        t = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64, requires_grad=True)
+        y = solve(lambda t, y: -(1.0 + t) * y, y0, t, **options)
+        (first,) = torch.autograd.grad(y[-1].sum(), t, create_graph=True)
+        found.append(torch.autograd.grad(y[-1].sum() + first[-1], (y0, t)))
+    decay = math.exp(-(0.7 + 0.5 * (0.9**2 - 0.2**2)))  # y₁ + dy₁/dt₁ = −t₁ y₁
+    truth = torch.tensor([-1.2 * 0.9 * 2, 0.0, 2 * (0.9 * 1.9 - 1.0)], dtype=torch.float64) * decay
+    torch.testing.assert_close(found[0][0], torch.full_like(found[0][0], -0.9 * decay), rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(found[0][1], truth, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(found[1][1], truth, rtol=1e-3, atol=1e-3)
+
+
 def test_gradients_of_tuples() -> None:
     for ours in (odeint, odeint_adjoint):
         results = []
