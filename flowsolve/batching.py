@@ -147,6 +147,7 @@ def log_prob(
     prior: Prior = None,
     repeats: int | None = None,
     tolerance: float | None = None,
+    verify: bool = True,
     cond: Mapping[str, Any] | None = None,
     progress: bool = False,
     total: int | None = None,
@@ -167,7 +168,7 @@ def log_prob(
     check_flow(flow, cond)
     job = reading(
         flow, falling(flow, interval), solver=solver, trace=trace, probes=probes, seed=seed, nfe=nfe,
-        grid=grid, chart=chart, prior=prior, repeats=repeats, tolerance=tolerance,
+        grid=grid, chart=chart, prior=prior, repeats=repeats, tolerance=tolerance, verify=verify,
     )  # fmt: skip
     given = common(cond, (total, batch))
     return _quiet(stream(job, numbered(source, given), batch, progress=progress, total=total))

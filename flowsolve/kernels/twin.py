@@ -38,7 +38,10 @@ def rms(x: Tensor) -> Tensor:
 
 def largest(x: Tensor) -> Tensor:
     """The largest magnitude in each sample: (B, *S) to (B,)."""
-    magnitude: Tensor = torch.linalg.vector_norm(rows(x), torch.inf, dim=1)
+    flat = rows(x)
+    if not flat.shape[1]:
+        return flat.new_zeros(len(flat))
+    magnitude: Tensor = torch.linalg.vector_norm(flat, torch.inf, dim=1)
     return magnitude
 
 

@@ -24,6 +24,7 @@ from flowsolve.likelihood.prior import MARGINAL, Prior, marginal_log_prob, norma
 from flowsolve.likelihood.prior import stretch as wide
 from flowsolve.likelihood.result import LogProb, one_shape
 from flowsolve.likelihood.trace import Trace, estimated, of_noise
+from flowsolve.likelihood.visible import verify
 from flowsolve.noise import Noise
 from flowsolve.planning import at_least, unit, varies
 from flowsolve.predictions import Estimate
@@ -166,6 +167,7 @@ class Along:
         """The states at the start."""
         x = state(chunk.x)
         self.shape = one_shape(x, self.shape)
+        verify(self.flow, self.trace, chunk, (self.start, self.end))
         probes = self.trace.draw(x.detach(), Noise(self.seed, chunk.samples))
         cond = self.flow.conditioned(chunk.cond, len(x))
         return x, Context({"cond": cond, "probes": probes}, len(x))
@@ -324,6 +326,8 @@ class Along:
     def leave(self, solution: Solution, context: Context) -> LogProb:
         """The parts of the rows that `run` gave."""
         size = math.prod(self.shape)
+        if not len(solution.x):  # nothing was run, and what there is has no rows
+            solution = replace(solution, x=solution.x.new_zeros(0, 2 * size + self.trace.count + 1))
         latent, sample, values, error = solution.x.split((size, size, self.trace.count, 1), 1)
         latent, sample = latent.reshape(-1, *self.shape), sample.reshape(-1, *self.shape)
         solution = replace(solution, x=sample if self.samples else latent, nfe=solution.nfe * unit(self.flow))

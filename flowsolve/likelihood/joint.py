@@ -34,6 +34,7 @@ from flowsolve.flow import Flow
 from flowsolve.likelihood.prior import MARGINAL, Prior, marginal_log_prob, normal_log_prob
 from flowsolve.likelihood.result import LogProb, one_shape
 from flowsolve.likelihood.trace import Trace, estimated, of_noise
+from flowsolve.likelihood.visible import verify
 from flowsolve.noise import Noise
 from flowsolve.ode import trajectory
 from flowsolve.planning import allowance, laid, unit, varies
@@ -120,6 +121,7 @@ class Joint:
         """The joint state (B, D + count): y, and log-determinants that start at 0."""
         x = state(chunk.x)
         self.shape = one_shape(x, self.shape)
+        verify(self.flow, self.trace, chunk, (self.start, self.end))
         probes = self.trace.draw(x.detach(), Noise(self.seed, chunk.samples))
         # What the solve sets out from is kept: the other end of a sample.
         cond = self.flow.conditioned(chunk.cond, len(x))

@@ -72,13 +72,17 @@ class Trace:
             and hurts where many are averaged.
         mode: how products are made: "reverse", "forward", or "auto": reverse, and forward for a network whose graph
             autograd does not see. Forward mode stores no graph, but repeats the pass for every product.
+        verify: look once a solve, on one sample, whether autograd sees all of the network
+            (`flowsolve.likelihood.visible`).
+        learnt: what a solve finds out about its network.
     """
 
     probes: int = 1
     kind: str = "rademacher"
     shared: bool = False
     mode: str = "auto"
-    _learnt: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    verify: bool = True
+    learnt: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     group: ClassVar[int] = 1
     """Products behind each column of the estimate."""
@@ -121,15 +125,15 @@ class Trace:
             graph: keep derivatives of both.
         """
         first = None if probes is None else probes[:, 0]
-        output, product = self._linearised(function, x, first, graph)
+        output, product = self.linearised(function, x, first, graph)
         try:
             found = self._estimate(product, x, probes)
         except (Unseen, RuntimeError) as error:
             # No backward pass through some of its operations: there may be a forward one.
             if not isinstance(product, Reverse) or self.mode != "auto" or graph or full(error):
                 raise
-            self._learnt["mode"] = "forward"
-            output, product = self._linearised(function, x, first, graph)
+            self.learnt["mode"] = "forward"
+            output, product = self.linearised(function, x, first, graph)
             found = self._estimate(product, x, probes)
         return (output, found) if graph else (output.detach(), found.detach())
 
@@ -144,12 +148,12 @@ class Trace:
             return totals.new_zeros(0)
         return totals.std(1) / math.sqrt(totals.shape[1])
 
-    def _linearised(self, function: Function, x: Tensor, first: Tensor | None, graph: bool) -> tuple[Tensor, Product]:
+    def linearised(self, function: Function, x: Tensor, first: Tensor | None, graph: bool) -> tuple[Tensor, Product]:
         """One call of the network, and products with its Jacobian, the first of them with `first`."""
         if not bare():
             pulled = Pulled(function, x)
             return pulled.output, pulled
-        mode = self._learnt.get("mode", self.mode)
+        mode = self.learnt.get("mode", self.mode)
         if mode != "forward":
             with torch.enable_grad():
                 inner = x if graph and x.requires_grad else x.detach().requires_grad_()
@@ -160,13 +164,13 @@ class Trace:
                         raise Unseen("") from error
                     raise
             if output.requires_grad:
-                return output, Reverse(output, inner, graph, self._learnt)
+                return output, Reverse(output, inner, graph, self.learnt)
             if mode == "reverse" or graph:
                 raise Unseen("")
         if graph:
             raise ValueError("mode='forward' keeps no derivatives of the trace; use mode='reverse' beside grad=True")
         made = Forward(function, x.detach().contiguous(), first)  # some forward derivatives take no other layout
-        self._learnt["mode"] = "forward"
+        self.learnt["mode"] = "forward"
         return made.output, made
 
 
@@ -189,7 +193,7 @@ class Exact(Trace):
             count = min(size - first, AT_ONCE)
             units = torch.eye(count, size, dtype=x.dtype, device=x.device).roll(first, 1)
             basis = units.unsqueeze(1).expand(-1, x.shape[0], -1).reshape(count, *x.shape)
-            found = product(basis).flatten(2)[..., first : first + count]
+            found = _flat(product(basis))[..., first : first + count]
             total = total + found.diagonal(0, 0, 2).T.sum(0)
         return total.unsqueeze(1)
 
@@ -204,7 +208,7 @@ class Hutchinson(Trace):
 
     def _estimate(self, product: Product, x: Tensor, probes: Tensor | None) -> Tensor:
         vectors = _given(probes)
-        return (vectors * product(vectors)).flatten(2).sum(2).T
+        return _flat(vectors * product(vectors)).sum(2).T
 
 
 @dataclass(frozen=True)
@@ -304,9 +308,14 @@ def _given(probes: Tensor | None) -> Tensor:
     return probes.transpose(0, 1)
 
 
+def _flat(vectors: Tensor) -> Tensor:
+    """Vectors (K, B, *S) as (K, B, D)."""
+    return vectors.flatten(2) if vectors.ndim > 2 else vectors.unsqueeze(2)
+
+
 def _columns(vectors: Tensor) -> Tensor:
     """Vectors (K, B, *S) as the columns of matrices (B, D, K)."""
-    return vectors.flatten(2).permute(1, 2, 0)
+    return _flat(vectors).permute(1, 2, 0)
 
 
 def _vectors(columns: Tensor, x: Tensor) -> Tensor:
@@ -317,8 +326,13 @@ def _vectors(columns: Tensor, x: Tensor) -> Tensor:
 NAMES: dict[str, type[Trace]] = {"exact": Exact, "hutchinson": Hutchinson, "hutch++": HutchPP, "xtrace": XTrace}
 
 
-def resolve(trace: str | Trace, probes: int | None = None) -> Trace:
-    """The estimator of a name, with so many products, or one given."""
+def resolve(trace: str | Trace, probes: int | None = None, verify: bool = True) -> Trace:
+    """The estimator of a name, with so many products, or one given, that verifies the network or not."""
+    made = _resolved(trace, probes)
+    return made if verify else replace(made, verify=False)
+
+
+def _resolved(trace: str | Trace, probes: int | None) -> Trace:
     if isinstance(trace, Trace):
         if probes not in (None, trace.probes):
             raise TypeError(f"probes = {probes!r} beside {trace!r}, which has its own; give one of them")

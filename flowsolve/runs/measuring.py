@@ -169,6 +169,7 @@ class _Reading(Task):
     }
     options: dict[str, Any]
     cond: dict[str, Any]
+    verified = False
 
     def __init__(self, flow: Flow, source: Data, batch: int, on_error: str, levels: int) -> None:
         self.flow, self.source, self.batch, self.on_error, self.levels = flow, source, batch, on_error, levels
@@ -223,6 +224,7 @@ class _Reading(Task):
         x = torch.stack(list(images.values())).to(self.device)
         call = dict(levels=self.levels, samples=list(images), **self.options)
         call["cond"] = rows_of(self.cond, list(images))
+        call.setdefault("verify", not self.verified)
         failed: dict[int, str] = {}
         try:
             found = bits_per_dim(self.flow, x, **call)
@@ -230,6 +232,7 @@ class _Reading(Task):
             failed = {i: f"the solve {error.solution.messages[i]}" for i in error.samples}
             self._stop(images, failed)
             found = bits_per_dim(self.flow, x, throw=False, **call)
+        self.verified = True
         values = found.bpd.tolist()
         failed |= {i: f"bits/dim is {v}" for i, v in enumerate(values) if not math.isfinite(v) and i not in failed}
         self._stop(images, failed)

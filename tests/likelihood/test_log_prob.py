@@ -1,6 +1,7 @@
 """log_prob against closed forms, and its Hutchinson estimate against its own error bar."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -215,7 +216,8 @@ def test_guided_flows_count_and_warn():
         who = torch.arange(5)
         with pytest.warns(UserWarning, match="guid"):
             out = fs.log_prob(flow, torch.randn(5, 2, generator=torch.Generator().manual_seed(0)).double(),
-                              cond={"y": torch.tensor([1, 2, 3, 1, 2]), "who": who}, **method)  # fmt: skip
+                              cond={"y": torch.tensor([1, 2, 3, 1, 2]), "who": who},
+                              verify=False, **method)  # fmt: skip
         assert out.nfe.tolist() == inner.net.each(5)
         assert int(out.nfe.max()) <= method.get("nfe", 10_000)
 
@@ -240,7 +242,8 @@ def test_one_network_call_an_evaluation():
         return inner.net(x, t)
 
     flow = fs.Flow(net, paths.CondOT())
-    for options in ({"trace": "exact"}, {"probes": 3}):
+    for kind in ({"trace": "exact"}, {"probes": 3}):
+        options = {**kind, "verify": False}
         calls.clear()
         out = fs.log_prob(flow, PLANE.sample(4), solver=solvers.RK4(), nfe=20, **options)
         assert len(calls) == 20
@@ -413,3 +416,44 @@ def test_a_network_that_autograd_cannot_see_is_refused():
     for options in ({}, {"solver": solvers.Dopri5()}):
         with pytest.raises(ValueError, match="does not depend on x for autograd"):
             fs.log_prob(flow, PLANE.sample(3), **options)
+
+
+@pytest.mark.parametrize("solver", ["auto", solvers.Dopri5(1e-6, 1e-6), solvers.RK4()], ids=["auto", "dopri5", "rk4"])
+def test_data_without_a_shape_and_batches_without_samples(solver: Any) -> None:
+    """Numbers as samples, (B,), are what (B, 1) is; no samples have no densities, by batches or not."""
+    options = {} if isinstance(solver, solvers.Dopri5) else {"nfe": 24}
+    line = fs.Flow(lambda x, t: -x, paths.CondOT())
+    x = torch.linspace(-2, 2, 5, dtype=torch.float64)
+    for trace in ("exact", "hutchinson"):
+        flat = fs.log_prob(line, x, solver=solver, trace=trace, **options)
+        column = fs.log_prob(line, x[:, None], solver=solver, trace=trace, **options)
+        torch.testing.assert_close(flat.log_prob, column.log_prob, rtol=1e-12, atol=1e-12)
+        assert flat.latent.shape == flat.x.shape == (5,)
+    assert fs.sample_log_prob(line, (4,), solver=solver, **options).x.shape == (4,)
+    levels = torch.tensor([3, 200, 255])
+    one = fs.bits_per_dim(line, levels, solver=solver, **options).bpd
+    torch.testing.assert_close(one, fs.bits_per_dim(line, levels[:, None], solver=solver, **options).bpd)
+    for batch in (None, 2):
+        none = fs.log_prob(line, torch.zeros(0, 3), solver=solver, batch=batch, **options)
+        assert none.log_prob.shape == none.error.shape == none.stderr.shape == (0,)
+        assert none.latent.shape == none.x.shape == (0, 3)
+        assert fs.sample_log_prob(line, (0, 3), solver=solver, batch=batch, **options).x.shape == (0, 3)
+    with pytest.raises(ValueError, match="no numbers, and no density"):
+        fs.log_prob(line, torch.zeros(3, 0), solver=solver, **options)
+    with torch.inference_mode():
+        inner, cond = torch.ones(3, 2), {"shift": torch.ones(3, 1)}
+        with pytest.raises(RuntimeError, match="inference_mode forbids"):
+            fs.log_prob(line, inner, solver=solver, **options)
+    shifted = fs.Flow(lambda x, t, shift: -x * shift, paths.CondOT())
+    found = fs.log_prob(shifted, inner, solver=solver, cond=cond, **options).log_prob
+    right = fs.log_prob(line, torch.ones(3, 2), solver=solver, **options).log_prob
+    torch.testing.assert_close(found, right)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_more_products_than_numbers(size: int) -> None:
+    line, x = fs.Flow(lambda x, t: -x, paths.CondOT()), torch.ones(3, size)
+    with pytest.raises(ValueError, match=f"6 products on {size} numbers; use trace='exact'"):
+        fs.log_prob(line, x, trace="xtrace", probes=6, nfe=24)
+    right = fs.log_prob(line, x, trace="exact", nfe=24).log_prob
+    torch.testing.assert_close(fs.log_prob(line, x, trace="hutch++", probes=6, nfe=24).log_prob, right)
