@@ -35,6 +35,7 @@ def inspect(
     """Show what a checkpoint is, from what it says of itself; exit status 1 if it would not load."""
     from flowsolve import adapters
     from flowsolve.cli._declared import declared
+    from flowsolve.cli._terminal import failed, say
 
     report = None
     try:
@@ -44,20 +45,21 @@ def inspect(
             flow = finding.flow()
             report = _check(flow, _data(data, count, flow))
     except (ImportError, OSError, TypeError, ValueError) as error:
-        typer.echo(f"flowsolve inspect: {error}", err=True)
+        failed("flowsolve inspect", error)
         raise typer.Exit(1) from None
     if as_json:
         told = finding.summary()
         if report is not None:
             told["check"] = {"ok": report[0], "message": report[1]}
-        typer.echo(json.dumps(told, indent=1, ensure_ascii=False))
+        say(*json.dumps(told, indent=1, ensure_ascii=False).splitlines())
     else:
         _show(finding, report)
     raise typer.Exit(0 if finding.ready and (report is None or report[0]) else 1)
 
 
 def rows(finding: Finding) -> list[tuple[str, str]]:
-    """The finding as (what, value) pairs, in words."""
+    """The finding as (what, value) pairs, in words, for a terminal."""
+    from flowsolve.cli._terminal import plain
     from flowsolve.paths import Discrete
 
     confidence = f"{finding.confidence:.2f}"
@@ -76,7 +78,7 @@ def rows(finding: Finding) -> list[tuple[str, str]]:
     told = [
         ("format", finding.format),
         ("confidence", confidence),
-        ("evidence", "\n".join(finding.evidence)),
+        ("evidence", "\n".join(map(plain, finding.evidence))),
         ("path", path),
         ("λ, noise to data", _ends(finding.log_snr, infinite=True) or None),
         ("prediction", None if finding.prediction is None else finding.prediction.name),
@@ -87,13 +89,15 @@ def rows(finding: Finding) -> list[tuple[str, str]]:
         ("parameters", None if count is None else f"{count:,}"),
     ]
     return [
-        (what, "not stated" if value is None else value)
+        (what, "not stated" if value is None else plain(value, lines=what == "evidence"))
         for what, value in told
         if what not in ("latent", "levels") or value
     ]
 
 
 def _show(finding: Finding, report: tuple[bool, str] | None) -> None:
+    from flowsolve.cli._terminal import plain
+
     console = require("rich.console", "cli", "the command line").Console()
     box = require("rich.box", "cli", "the command line")
     text = require("rich.text", "cli", "the command line").Text
@@ -103,12 +107,12 @@ def _show(finding: Finding, report: tuple[bool, str] | None) -> None:
     for what, value in rows(finding):
         table.add_row(what, text(value))
     if report is not None:
-        table.add_row("check", text(report[1], style="green" if report[0] else "red"))
+        table.add_row("check", text(plain(report[1]), style="green" if report[0] else "red"))
     if finding.refusal is not None:
-        table.add_row("refused", text(finding.refusal, style="red"))
+        table.add_row("refused", text(plain(finding.refusal), style="red"))
     elif not finding.ready:
-        table.add_row("to be declared", text("\n".join(finding.missing) or "format=", style="yellow"))
-    console.print(text(finding.source), soft_wrap=True)
+        table.add_row("to be declared", text("\n".join(map(plain, finding.missing)) or "format=", style="yellow"))
+    console.print(text(plain(finding.source)), soft_wrap=True)
     console.print(table)
 
 
