@@ -44,6 +44,7 @@ from flowsolve.adapters.diffusers.pull import Run
 from flowsolve.adapters.diffusers.reading import OURS, Reading, read, start_std
 from flowsolve.adapters.diffusers.seeds import seeds
 from flowsolve.adapters.diffusers.settings import OPTIONS, merged, named, require_saveable
+from flowsolve.adapters.diffusers.tables import table_size
 from flowsolve.noise import Noise
 from flowsolve.solvers import DDIM
 
@@ -379,7 +380,7 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         return self.add_noise(sample, noise, timestep)
 
     def __len__(self) -> int:
-        return int(self.config["num_train_timesteps"])
+        return table_size(self.config)
 
     # --- within -------------------------------------------------------------------------------------------------------
 
