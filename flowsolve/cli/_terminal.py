@@ -22,19 +22,31 @@ __all__ = ["failed", "guard", "plain", "say"]
 COMMANDS = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
 """Unicode's categories of characters that are not seen but obeyed: control, format, surrogates, separators, unknown."""
 
+LONGEST = 4000
+"""Characters of a text: the longest that the package itself writes have some hundreds."""
 
-def plain(text: object, *, lines: bool = False) -> str:
-    """Text with all that a terminal would obey spelt out; `lines` keeps line breaks."""
-    return "".join(
+
+def plain(text: object, *, lines: bool = False, whole: bool = False) -> str:
+    """Text with all that a terminal would obey spelt out.
+
+    Args:
+        text: what to print.
+        lines: keep line breaks.
+        whole: however long it is; otherwise the end of a text that would flood the screen is left out.
+    """
+    said = str(text)
+    more = 0 if whole else max(0, len(said) - LONGEST)
+    shown = "".join(
         c if (lines and c == "\n") or unicodedata.category(c) not in COMMANDS else json.dumps(c)[1:-1]
-        for c in str(text)
+        for c in (said[:LONGEST] if more else said)
     )
+    return f"{shown}… ({more:,} more characters)" if more else shown
 
 
-def say(*lines: object, err: bool = False) -> None:
+def say(*lines: object, err: bool = False, whole: bool = False) -> None:
     """Print lines, each of which stays one."""
     for line in lines:
-        typer.echo(plain(line), err=err)
+        typer.echo(plain(line, whole=whole), err=err)
 
 
 def failed(name: str, error: object) -> None:
@@ -47,10 +59,10 @@ def guard() -> None:
     told = warnings.formatwarning
 
     def formatted(message: Any, category: Any, filename: str, lineno: int, line: str | None = None) -> str:
-        return plain(told(message, category, filename, lineno, line), lines=True)
+        return plain(told(message, category, filename, lineno, line), lines=True, whole=True)
 
     def traced(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        sys.stderr.write(plain("".join(traceback.format_exception(kind, error, trace)), lines=True))
+        sys.stderr.write(plain("".join(traceback.format_exception(kind, error, trace)), lines=True, whole=True))
 
     warnings.formatwarning = formatted
     sys.excepthook = traced

@@ -51,7 +51,7 @@ def inspect(
         told = finding.summary()
         if report is not None:
             told["check"] = {"ok": report[0], "message": report[1]}
-        say(*json.dumps(told, indent=1, ensure_ascii=False).split("\n"))
+        say(*json.dumps(told, indent=1, ensure_ascii=False).split("\n"), whole=True)
     else:
         _show(finding, report)
     raise typer.Exit(0 if finding.ready and (report is None or report[0]) else 1)
@@ -88,7 +88,7 @@ def rows(finding: Finding) -> list[tuple[str, str]]:
         ("parameters", None if count is None else f"{count:,}"),
     ]
     return [
-        (what, "not stated" if value is None else plain(value, lines=what == "evidence"))
+        (what, "not stated" if value is None else plain(value, lines=what == "evidence", whole=True))
         for what, value in told
         if what not in ("latent", "levels") or value
     ]

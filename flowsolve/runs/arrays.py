@@ -80,9 +80,8 @@ def _member(file: Path, member: str, limit: int | None) -> Any:
                 raise ValueError("it holds Python objects; expected integers")
             claimed = math.prod(shape) * dtype.itemsize
             if inside + claimed != info.file_size:
-                raise ValueError(
-                    f"an array of shape {shape} has {claimed:,} bytes, there are {info.file_size - inside:,}"
-                )
+                held = info.file_size - inside
+                raise ValueError(f"an array of shape {shape} has {claimed:,} bytes, and there are {held:,}")
             if info.compress_type != zipfile.ZIP_STORED:
                 packed = min(info.compress_size, file.stat().st_size)
                 return _unpacked(stream, shape, fortran, dtype, limit, packed)
