@@ -1,4 +1,4 @@
-"""Small files that claim to be large: refused before they are read, by every entry point, at no more than their cost."""
+"""Small files that claim to be large: refused before they are read, by every entry point, at no cost."""
 
 from __future__ import annotations
 
@@ -137,7 +137,10 @@ def test_json_of_more_values_than_any_file_s(text: bytes, tmp_path: Path) -> Non
         (read_json, tmp_path / "model_index.json"),
         (adapters.inspect, tmp_path),
     ):
-        with cheap(2 * len(text) + MIB), pytest.raises(ValueError, match=rf"{file}.* has some [24],\d+,\d+ values; expected at"):
+        with (
+            cheap(2 * len(text) + MIB),
+            pytest.raises(ValueError, match=rf"{file}.* has some [24],\d+,\d+ values; expected at"),
+        ):
             reader(file)
 
 
@@ -187,7 +190,7 @@ def test_tables_of_more_steps_than_any(steps: Any, tmp_path: Path) -> None:
         config = {"_class_name": name, "num_train_timesteps": steps}
         (tmp_path / "scheduler/scheduler_config.json").write_text(json.dumps(config))
         for reader in (
-            lambda: adapters.inspect(tmp_path),  # noqa: B023
+            lambda: adapters.inspect(tmp_path),
             lambda: adapters.load(tmp_path / "unet", scheduler=config),  # noqa: B023
             lambda: as_flow(nn.Linear(2, 2), config),  # noqa: B023
             lambda: Scheduler.from_config(config),  # noqa: B023
@@ -252,7 +255,9 @@ def test_arrays_that_claim_what_is_not_there(method: int, tmp_path: Path) -> Non
     np.lib.format.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": (10**12, 8, 8)})
     with zipfile.ZipFile(tmp_path / "a.npz", "w", method) as archive:
         archive.writestr("images.npy", stream.getvalue() + bytes(64))
-    told = "it is packed as numpy does not" if method == zipfile.ZIP_LZMA else r"has 64,000,000,000,000 bytes, and there"
+    told = (
+        "it is packed as numpy does not" if method == zipfile.ZIP_LZMA else r"has 64,000,000,000,000 bytes, and there"
+    )
     for limit in (None, 4):
         with cheap(), pytest.raises(ValueError, match=told):
             open_data(tmp_path / "a.npz", limit=limit)

@@ -59,7 +59,8 @@ def test_help_and_version_without_torch(without_torch: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"), [("flowsolve ins", "inspect"), ("flowsolve sample --solv", "--solver"), ("flowsolve n", "nll")]
+    ("words", "expected"),
+    [("flowsolve ins", "inspect"), ("flowsolve sample --solv", "--solver"), ("flowsolve n", "nll")],
 )
 def test_completion_without_torch(words: str, expected: str, without_torch: dict[str, str]) -> None:
     asked = {"_FLOWSOLVE_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
