@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import shutil
 import struct
 import tracemalloc
 import zipfile
@@ -202,6 +203,29 @@ def test_tables_of_more_steps_than_any(steps: Any, tmp_path: Path) -> None:
     if steps is not None:
         with pytest.raises(ValueError, match=message.replace("num_train_timesteps", "steps")):
             adapters.inspect(nn.Linear(2, 2), format="guided-diffusion", schedule="linear", steps=steps)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers_per_block": 10**9}, r"layers_per_block = 1000000000; expected at most 1,000 layers"),
+        ({"layers_per_block": [2, [10**9]]}, r"layers_per_block = .*; expected at most 1,000 layers"),
+        # 22 billion numbers, each layer of which could be had
+        (
+            {"block_out_channels": [16_000, 16_000]},
+            r"describes a UNet2DModel of [\d,]{14} numbers, and they hold 463,249",
+        ),
+    ],
+)
+def test_a_configuration_of_a_larger_network_than_its_weights(changes: Any, message: str, tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    pytest.importorskip("accelerate")
+    root = tmp_path / "model"
+    shutil.copytree(adapters.bundled("digits-ddpm"), root)
+    file = root / "unet/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(ValueError, match=message):
+        adapters.load(root)
 
 
 @pytest.mark.parametrize("betas", [[], "linear", 0.1, [[0.1, 0.2]], ["a"], {"a": 1}], ids=repr)
