@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from flowsolve.solution import Solution, SolverError
     from flowsolve.solvers import Status
 
-HOME = {
+_HOME = {
     "flow": ("Flow",),
     "integrate": ("encode", "sample"),
     "inversion": ("RoundTrip", "round_trip"),
@@ -86,7 +86,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    home = next((module for module, names in HOME.items() if name in names), None)
+    home = next((module for module, names in _HOME.items() if name in names), None)
     if name.startswith("_"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
@@ -100,4 +100,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)

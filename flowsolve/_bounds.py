@@ -15,6 +15,7 @@ The numbers are some ten times what the largest real files have.
 
 from __future__ import annotations
 
+import io
 import json
 import zipfile
 from collections.abc import Iterator
@@ -34,8 +35,8 @@ MAX_VALUES = 2_000_000
 MAX_JSON = 100_000_000
 """Bytes of one; the limit of safetensors' own headers."""
 
-_ENTRY = 46
-"""Bytes of a zip directory's entry, without its name."""
+ENTRY = 150
+"""Bytes of an entry in a zip's directory: 46, its name, and sizes of more than 4 GiB."""
 
 
 def parsed(raw: bytes, what: str) -> Any:
@@ -56,6 +57,17 @@ def parsed(raw: bytes, what: str) -> Any:
         raise ValueError(f"{what} is not valid JSON: {error}") from error
 
 
+class _Reader(io.BufferedReader):
+    """A file that gives no more than `most` bytes at once, where that is set."""
+
+    most: int | None = None
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if self.most is not None and size is not None and size > self.most:
+            raise ValueError(f"its directory has {size:,} bytes; expected one of at most {MAX_TENSORS:,} members")
+        return super().read(size)
+
+
 @contextmanager
 def opened_zip(file: Path) -> Iterator[zipfile.ZipFile]:
     """A zip archive to read, unless its directory lists more members than any real file.
@@ -64,13 +76,17 @@ def opened_zip(file: Path) -> Iterator[zipfile.ZipFile]:
         ValueError: it does.
         zipfile.BadZipFile: it is none.
     """
-    size = _directory_size(file)
-    if size > MAX_TENSORS * 8 * _ENTRY:  # names and extra fields included
-        raise ValueError(f"{file}: its directory has {size:,} bytes; expected one of at most {MAX_TENSORS:,} members")
-    with zipfile.ZipFile(file) as archive:
-        if (count := len(archive.infolist())) > MAX_TENSORS:
-            raise ValueError(f"{file} lists {count:,} members; expected at most {MAX_TENSORS:,}")
-        yield archive
+    with _Reader(io.FileIO(file)) as stream:
+        stream.most = MAX_TENSORS * ENTRY
+        try:
+            archive = zipfile.ZipFile(stream)  # reads the directory, which says itself how long it is, at once
+        except (ValueError, NotImplementedError) as error:
+            raise ValueError(f"{file}: {error}") from None
+        stream.most = None
+        with archive:
+            if (count := len(archive.infolist())) > MAX_TENSORS:
+                raise ValueError(f"{file} lists {count:,} members; expected at most {MAX_TENSORS:,}")
+            yield archive
 
 
 def require_stored(archive: zipfile.ZipFile, file: Path) -> None:
@@ -92,19 +108,3 @@ def require_plain(file: str | PathLike[str]) -> None:
     if zipfile.is_zipfile(file):
         with opened_zip(Path(file)) as archive:
             require_stored(archive, Path(file))
-
-
-def _directory_size(file: Path) -> int:
-    """Bytes of a zip's directory, by its last record (and that of zip64); 0 where there is none to be found."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        stream.seek(max(0, size - 22 - 2**16 - 76))
-        tail = stream.read()
-    at = tail.rfind(b"PK\x05\x06")
-    if at < 0 or len(tail) < at + 22:
-        return 0
-    found = int.from_bytes(tail[at + 12 : at + 16], "little")
-    wide = tail.rfind(b"PK\x06\x06", 0, at)
-    if wide >= 0 and len(tail) >= wide + 56:
-        found = max(found if found != 2**32 - 1 else 0, int.from_bytes(tail[wide + 40 : wide + 48], "little"))
-    return min(found, size)

@@ -43,10 +43,10 @@ def plain(text: object, *, lines: bool = False, whole: bool = False) -> str:
     return f"{shown}… ({more:,} more characters)" if more else shown
 
 
-def say(*lines: object, err: bool = False, whole: bool = False) -> None:
+def say(*lines: object, whole: bool = False) -> None:
     """Print lines, each of which stays one."""
     for line in lines:
-        typer.echo(plain(line, whole=whole), err=err)
+        typer.echo(plain(line, whole=whole))
 
 
 def failed(name: str, error: object) -> None:

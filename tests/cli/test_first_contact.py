@@ -76,13 +76,13 @@ def test_public_names_are_those_that_are_declared() -> None:
     typed: Any = next(n for n in tree.body if isinstance(n, ast.If))
     named = {a.name for n in typed.body for a in n.names}
     assert named | {"__version__"} == set(fs.__all__)
-    homes = {name: module for module, names in fs.HOME.items() for name in names}
+    homes = {name: module for module, names in fs._HOME.items() for name in names}
     for statement in typed.body:
         for name in statement.names:
             found = getattr(fs, name.name)
             assert found is getattr(sys.modules[statement.module], name.name)
             assert name.name in homes or found.__name__ == f"flowsolve.{name.name}"
-    assert {*fs.__all__} <= {*dir(fs)}
+    assert dir(fs) == sorted(fs.__all__)
     assert fs.noise.Noise  # any module is an attribute, as when all were imported at once
     with pytest.raises(AttributeError, match=r"module 'flowsolve' has no attribute 'sampel'"):
         _ = fs.sampel
