@@ -86,16 +86,16 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    home = next((module for module, names in _HOME.items() if name in names), None)
     if name.startswith("_"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = next((module for module, names in _HOME.items() if name in names), None)
     try:
-        found = import_module(f"{__name__}.{home or name}")
+        module = import_module(f"{__name__}.{home or name}")
     except ModuleNotFoundError as error:
         if error.name != f"{__name__}.{name}":
             raise
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
-    globals()[name] = found = found if home is None else getattr(found, name)  # asked for once
+    found = globals()[name] = module if home is None else getattr(module, name)  # asked for once
     return found
 
 
