@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowsolve._bounds import require_plain
 from flowsolve.solvers.base import Past
 
 __all__ = ["Callback", "Snapshot"]
@@ -66,6 +67,7 @@ class Snapshot:
         Raises:
             ValueError: the file holds something else.
         """
+        require_plain(file)
         content = torch.load(file, map_location=device, weights_only=True)
         if not isinstance(content, dict) or set(content) != set(cls.__dataclass_fields__):
             raise ValueError(f"{str(file)!r} is not a snapshot; expected a file that Snapshot.save wrote")

@@ -8,14 +8,14 @@ used unless the caller says `trust_pickle=True`:
 * **torch archives** by `torch.load(weights_only=True)`, which builds tensors and plain containers and nothing else;
 * **opcodes** (`flowsolve.adapters.pickles`), which say what a pickle *would* import and execute none of it.
 
-Every error names the file.
+Nothing costs more to read than the file is large (`flowsolve._bounds`). Every error names the file.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
+import reprlib
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -26,14 +26,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowsolve._bounds import MAX_JSON, MAX_TENSORS, opened_zip, parsed, require_stored
 from flowsolve.adapters.pickles import first_line, opcodes, plain
 
 __all__ = ["Source", "UnsafeFile", "first_line", "read_json", "safetensors_header"]
 
 Shapes = dict[str, tuple[int, ...]]
 
-MAX_HEADER = 100_000_000
-"""Bytes; the limit of the safetensors format itself."""
+MAX_DIMENSIONS, MAX_SIZE = 64, 2**63
+"""Of a tensor: more than torch has, and the sizes that it counts."""
 
 _ITEM_BITS = dict(
     F64=64, F32=32, F16=16, BF16=16, I64=64, I32=32, I16=16, I8=8, U64=64, U32=32, U16=16, U8=8, BOOL=8, C64=64,
@@ -108,7 +109,8 @@ class Source:
     @classmethod
     def _archive(cls, given: Any, path: Path, trust_pickle: bool) -> Source:
         try:
-            with zipfile.ZipFile(path) as archive:
+            with opened_zip(path) as archive:
+                require_stored(archive, path)
                 members = archive.namelist()
                 if any(m.endswith(("/archive_format", "serialized_exported_program.json")) for m in members):
                     return cls(given, "export", path, top=tuple(members))
@@ -150,8 +152,23 @@ class Source:
             return Source(self.content, "object")
         if isinstance(self.content, Mapping):
             self.top = tuple(str(k) for k in self.content)
-            self.tensors = {k: tuple(v.shape) for k, v in self.state().items()}
+            state = self.state()
+            self.tensors = {k: tuple(v.shape) for k, v in state.items()}
+            self._require_held(state)
+        elif isinstance(self.content, Tensor):
+            self._require_held({"": self.content})
         return self
+
+    def _require_held(self, state: Mapping[str, Tensor]) -> None:
+        """Raise ValueError for a tensor with more numbers than the file: a view of a few, repeated."""
+        assert self.file is not None
+        size = self.file.stat().st_size
+        for name, tensor in state.items():
+            if (claimed := tensor.numel() * tensor.element_size()) > size:
+                raise ValueError(
+                    f"{self.file}: its tensor {name!r} of shape {tuple(tensor.shape)} has {claimed:,} bytes, and the "
+                    f"file {size:,}: it repeats what is stored; save a copy, tensor.contiguous()"
+                )
 
     @property
     def title(self) -> str:
@@ -177,7 +194,8 @@ class Source:
 
             with safe_open(str(self.file), framework="pt") as stored:
                 return float(stored.get_tensor(name).flatten()[0])
-        return float(self.state()[name].flatten()[0])
+        found = self.state()[name]
+        return float(found[(0,) * found.ndim])
 
     def state(self) -> dict[str, Tensor]:
         """The weights by name, without the prefixes that parallel training and compiling add."""
@@ -200,26 +218,27 @@ def safetensors_header(file: Path) -> tuple[dict[str, str], Shapes]:
         if len(prefix) < 8:
             raise ValueError(f"{file} is truncated: {size} bytes, and a safetensors file begins with 8 of length")
         (length,) = struct.unpack("<Q", prefix)
-        if length > MAX_HEADER:
-            raise ValueError(f"{file} claims a header of {length:,} bytes; expected at most {MAX_HEADER:,}")
+        if length > MAX_JSON:
+            raise ValueError(f"{file} claims a header of {length:,} bytes; expected at most {MAX_JSON:,}")
         if 8 + length > size:
             raise ValueError(f"{file} is truncated: its header should have {length:,} bytes, the file has {size:,}")
-        try:
-            header = json.loads(stream.read(length))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{file} has a safetensors header that is not valid JSON: {error}") from error
+        header = parsed(stream.read(length), f"the safetensors header of {file}")
     if not isinstance(header, dict):
         raise ValueError(f"{file} has a safetensors header that is a {type(header).__name__}; expected an object")
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict):
         raise ValueError(f"{file} has metadata that are a {type(metadata).__name__}; expected an object")
+    if len(header) > MAX_TENSORS:
+        raise ValueError(f"{file} describes {len(header):,} tensors; expected at most {MAX_TENSORS:,}")
     shapes: Shapes = {}
     for name, entry in header.items():
         try:
             bits, shape = _ITEM_BITS[entry["dtype"]], tuple(int(n) for n in entry["shape"])
             begin, end = (int(n) for n in entry["data_offsets"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{file} describes tensor {name!r} wrongly: {entry!r}") from error
+            if len(shape) > MAX_DIMENSIONS or max(shape, default=0) >= MAX_SIZE:
+                raise ValueError(shape)  # their product alone could take hours
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"{file} describes tensor {name!r} wrongly: {reprlib.repr(entry)}") from error
         if min(shape, default=0) < 0 or not 0 <= begin <= end or (end - begin) * 8 != math.prod(shape) * bits:
             raise ValueError(
                 f"{file} gives tensor {name!r} of shape {shape} the bytes {begin} … {end}, which do not fit its shape"
@@ -238,10 +257,9 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         ValueError: not JSON, or not an object; the message names the file.
     """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if (size := file.stat().st_size) > MAX_JSON:
+        raise ValueError(f"{file} has {size:,} bytes; expected JSON of at most {MAX_JSON:,}")
+    content = parsed(file.read_bytes(), str(file))
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds a {type(content).__name__}; expected an object")
     return content

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from flowsolve.adapters.diffusers.tables import alphas_cumprod
+from flowsolve.adapters.diffusers.tables import alphas_cumprod, table_size
 from flowsolve.adapters.files import Source
 from flowsolve.adapters.finding import Finding
 from flowsolve.adapters.networks import FirstHalf, count, filled, place
@@ -68,7 +68,7 @@ def recognise(source: Source, said: Mapping[str, Any], asked: bool) -> Finding |
     if net is None:
         missing.append("net= (the UNetModel that the weights belong to)")
     schedule, path = said.get("schedule"), None
-    steps = int(said.get("steps", 1000))
+    steps = table_size(said, "steps")
     if schedule is None and "path" not in said:
         missing.append("schedule='linear' or 'cosine' (the weights do not say; ImageNet 64×64 is cosine)")
     elif schedule is not None:

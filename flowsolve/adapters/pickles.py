@@ -9,12 +9,16 @@ from __future__ import annotations
 import io
 import pickletools
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["first_line", "opcodes", "plain"]
+__all__ = ["MAX_OPCODES", "first_line", "opcodes", "plain"]
+
+MAX_OPCODES = 2_000_000
+"""Instructions that are listed, some 40 for a tensor; 50 bytes of memory and a microsecond each."""
 
 _PLAIN = ("torch._utils._rebuild_", "torch.Size", "torch.device", "argparse.Namespace")
 _PLAIN_EXACT = {"collections.OrderedDict", "torch.serialization._get_layout", "_codecs.encode", "builtins.set"}
@@ -27,7 +31,7 @@ def opcodes(data: bytes, file: Path) -> tuple[tuple[str, ...], frozenset[str]]:
     them are read.
 
     Raises:
-        ValueError: the bytes are no pickle, or a truncated one.
+        ValueError: the bytes are no pickle, a truncated one, or a longer program than any that stores tensors.
     """
     names: dict[str, None] = {}
     words: set[str] = set()
@@ -75,14 +79,19 @@ def first_line(error: BaseException) -> str:
 def _programs(data: bytes, file: Path) -> Iterator[Iterator[tuple[Any, Any]]]:
     """The pickles of a file, one after the other, as (opcode, argument) pairs."""
     stream = io.BytesIO(data)
-    count = 0
+    count, left = 0, MAX_OPCODES
     while stream.tell() < len(data):
         at = stream.tell()
         try:
-            program = [(op, argument) for op, argument, _ in pickletools.genops(stream)]
+            program = [(op, argument) for op, argument, _ in islice(pickletools.genops(stream), left + 1)]
         except Exception as error:  # pickletools raises all kinds on bytes that are no pickle
             if count:  # the raw numbers behind the pickles of an old torch file
                 return
             raise ValueError(f"{file} is a broken or truncated pickle (at byte {at:,}): {first_line(error)}") from error
-        count += 1
+        count, left = count + 1, left - len(program)
+        if left < 0:
+            raise ValueError(
+                f"{file} is a pickle of more than {MAX_OPCODES:,} instructions, which are not looked through; save its "
+                "tensors alone, best as safetensors"
+            )
         yield iter(program)

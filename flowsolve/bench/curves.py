@@ -25,7 +25,7 @@ from flowsolve import solvers
 from flowsolve.flow import Flow
 from flowsolve.integrate import sample
 from flowsolve.kernels import rms
-from flowsolve.solvers import Solver
+from flowsolve.solvers import Auto, Solver
 
 __all__ = ["Curve", "Reference", "nfe_error_curves", "reference"]
 
@@ -68,7 +68,7 @@ def reference(flow: Flow, shape: Sequence[int], *, seed: int = 0, nfe: int = 512
 def nfe_error_curves(
     flow: Flow,
     target: Reference,
-    fixed: dict[str, Solver],
+    fixed: dict[str, Solver | Auto],
     budgets: Sequence[int],
     adaptive: dict[str, Callable[[float], Solver]],
     tolerances: Sequence[float],
@@ -81,7 +81,7 @@ def nfe_error_curves(
     Args:
         flow: the flow.
         target: `reference` of the same seed.
-        fixed: fixed-grid solvers by name, run at every budget.
+        fixed: fixed-grid solvers by name, run at every budget; or `Auto`, with grid=None.
         budgets: numbers of evaluations.
         adaptive: by name, functions from a tolerance to a solver.
         tolerances: their tolerances.
@@ -93,7 +93,7 @@ def nfe_error_curves(
     for name, solver in fixed.items():
         curve = Curve(name)
         for nfe in budgets:
-            if nfe >= solver.evaluations:
+            if isinstance(solver, Auto) or nfe >= solver.evaluations:
                 _add(curve, target, sample(flow, shape, solver=solver, nfe=nfe, grid=grid, seed=seed))
         curves.append(curve)
     for name, make in adaptive.items():

@@ -29,20 +29,31 @@ SHAPE = (1, 8, 8)
 SHOWN = 12
 """Samples in a row of the picture."""
 
-ROWS: list[tuple[str, Solver, int | None]] = [
-    ("Euler (DDIM), 5 evaluations", solvers.DDIM(), 5),
-    ("Euler (DDIM), 10 evaluations", solvers.DDIM(), 10),
-    ("Heun, 20 evaluations", solvers.Heun(), 20),
-    ("RK4, 40 evaluations", solvers.RK4(), 40),
-    ("Dopri5, tolerance 1e-4", solvers.Dopri5(rtol=1e-4, atol=1e-4), None),
-    ("DDPM (SDE), 100 evaluations", solvers.DDPM(), 100),
+LAMBDA = "log_snr"
+"""The grid that the papers of the multistep solvers give them."""
+
+ROWS: list[tuple[str, Any, int | None, str | None]] = [
+    ("Euler (DDIM), 5 evaluations", solvers.DDIM(), 5, None),
+    ("Euler (DDIM), 10 evaluations", solvers.DDIM(), 10, None),
+    ("DPM-Solver++, 10 evaluations", solvers.DPMSolverPP(2), 10, LAMBDA),
+    ("UniPC, 10 evaluations", solvers.UniPC(), 10, LAMBDA),
+    ("auto, 10 evaluations", "auto", 10, None),
+    ("Heun, 20 evaluations", solvers.Heun(), 20, None),
+    ("RK4, 40 evaluations", solvers.RK4(), 40, None),
+    ("Dopri5, tolerance 1e-4", solvers.Dopri5(rtol=1e-4, atol=1e-4), None, None),
+    ("DDPM (SDE), 100 evaluations", solvers.DDPM(), 100, None),
 ]
-FIXED: dict[str, Solver] = {
-    "Euler (DDIM)": solvers.Euler(),
-    "Midpoint": solvers.Midpoint(),
-    "Heun": solvers.Heun(),
-    "RK4": solvers.RK4(),
+FIXED: dict[str | None, dict[str, Any]] = {
+    "uniform": {
+        "Euler (DDIM)": solvers.Euler(),
+        "Midpoint": solvers.Midpoint(),
+        "Heun": solvers.Heun(),
+        "RK4": solvers.RK4(),
+    },
+    LAMBDA: {"DPM-Solver++": solvers.DPMSolverPP(2), "UniPC": solvers.UniPC()},
+    None: {"auto": solvers.Auto()},
 }
+"""Grid → solvers by name; auto brings its own grid."""
 ADAPTIVE: dict[str, Callable[[float], Solver]] = {
     "Dopri5, adaptive": lambda tolerance: solvers.Dopri5(rtol=tolerance, atol=tolerance)
 }
@@ -76,7 +87,7 @@ class Demonstration:
                 "stderr": self.nll.stderr,
                 "images": len(self.nll.bpd),
                 "mean_nfe": float(self.nll.nfe.double().mean()),
-                "solver": "Dopri5(rtol=1e-4, atol=1e-4)",
+                "solver": "auto",
                 "trace": "hutchinson",
                 "dequantize": "uniform",
             },
@@ -113,11 +124,12 @@ def demonstrate(
         with _timed(demo, "curves"):
             target = reference(flow, (samples, *SHAPE), seed=seed)
             demo.uncertainty = target.uncertainty
-            demo.curves = nfe_error_curves(flow, target, FIXED, BUDGETS, ADAPTIVE, TOLERANCES, seed=seed)
+            for grid, fixed in FIXED.items():
+                demo.curves += nfe_error_curves(flow, target, fixed, BUDGETS, {}, (), seed=seed, grid=grid)
+            demo.curves += nfe_error_curves(flow, target, {}, (), ADAPTIVE, TOLERANCES, seed=seed)
         say(f"{name}: bits/dim of {len(held_out)} held-out digits")
         with _timed(demo, "likelihood"):
-            solver = solvers.Dopri5(rtol=1e-4, atol=1e-4)
-            demo.nll = bits_per_dim(flow, held_out, levels=digits.LEVELS, solver=solver, seed=seed)
+            demo.nll = bits_per_dim(flow, held_out, levels=digits.LEVELS, seed=seed)
         found.append(demo)
     draw_curves(out / "nfe-error.png", {d.name: (d.curves, d.uncertainty) for d in found})
     record = {"environment": environment(), "seed": seed, "samples": samples, "results": [d.record() for d in found]}
@@ -128,7 +140,9 @@ def demonstrate(
 
 def _rows(flow: Flow, seed: int) -> dict[str, Tensor]:
     shape = (SHOWN, *SHAPE)
-    rows = {label: sample(flow, shape, solver=solver, nfe=nfe, seed=seed).x for label, solver, nfe in ROWS}
+    rows = {
+        label: sample(flow, shape, solver=solver, nfe=nfe, grid=grid, seed=seed).x for label, solver, nfe, grid in ROWS
+    }
     return {"training digits": digits.dequantize(digits.load("train").images[:SHOWN]), **rows}
 
 

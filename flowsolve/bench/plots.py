@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from flowsolve.bench.curves import Curve
 
 __all__ = ["draw_curves", "draw_grid"]
 
-MARKERS = "os^Dvp"
+MARKERS = "os^DvP*X<>hp"
 
 
 def _figure(width: float, height: float, rows: int, columns: int) -> tuple[Any, Any]:
@@ -24,9 +25,9 @@ def _figure(width: float, height: float, rows: int, columns: int) -> tuple[Any, 
 
 def draw_curves(file: Path, panels: Mapping[str, tuple[Sequence[Curve], float]]) -> None:
     """RMSE against NFE, log–log, one panel a problem; a dotted line marks what the reference can resolve."""
-    figure, axes = _figure(5.2 * len(panels), 4.2, 1, len(panels))
+    figure, axes = _figure(5.2 * len(panels), 4.6, 1, len(panels))
     for ax, (title, (curves, uncertainty)) in zip(axes[0], panels.items(), strict=True):
-        for curve, marker in zip(curves, MARKERS, strict=False):
+        for curve, marker in zip(curves, cycle(MARKERS), strict=False):
             dashes = "--" if "adaptive" in curve.name else "-"
             ax.loglog(curve.nfe, curve.rmse, marker=marker, markersize=5, linestyle=dashes, label=curve.name)
         ax.axhline(uncertainty, color="0.6", linestyle=":", linewidth=1)
@@ -37,7 +38,8 @@ def draw_curves(file: Path, panels: Mapping[str, tuple[Sequence[Curve], float]])
         ax.set_xticks(ticks, [str(t) for t in ticks])
         ax.minorticks_off()
     axes[0][0].set_ylabel("RMSE to the converged solution")
-    axes[0][-1].legend(frameon=False, fontsize=9)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=9, loc="outside lower center", ncols=4)
     figure.savefig(file)
 
 

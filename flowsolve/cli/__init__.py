@@ -24,7 +24,7 @@ def build() -> Any:
         ImportError: typer is not installed.
     """
     typer = require("typer", "cli", "the command line")
-    app = typer.Typer(name="flowsolve", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    app = typer.Typer(name="flowsolve", no_args_is_help=True, pretty_exceptions_enable=False)
 
     def show(asked: bool) -> None:
         if asked:
@@ -46,7 +46,15 @@ def build() -> Any:
 def main() -> None:
     """Entry point: run the command line; a missing package or file is one line and exit status 1."""
     try:
-        build()()
-    except (ImportError, OSError) as error:
+        app = build()
+    except ImportError as error:  # typer's: nothing of `cli` can be imported without it
         print(f"flowsolve: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    from flowsolve.cli._terminal import failed, guard
+
+    guard()
+    try:
+        app(prog_name="flowsolve")  # also as `python -m flowsolve`
+    except (ImportError, OSError) as error:
+        failed("flowsolve", error)
         raise SystemExit(1) from None

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from flowsolve.cli._terminal import failed
+
 __all__ = ["Declare", "Format", "TrustPickle", "command", "evaluations", "one_line", "opened"]
 
 Format = Annotated[str | None, typer.Option(help="Family of the checkpoint, if it does not say so.")]
@@ -28,10 +30,10 @@ def one_line(name: str, out: Path) -> Iterator[None]:
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and type(error).__module__.partition(".")[0] != "flowsolve":
             raise  # of torch: its trace says where
-        typer.echo(f"flowsolve {name}: {error}", err=True)
+        failed(f"flowsolve {name}", error)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        typer.echo(f"flowsolve {name}: interrupted; {out} keeps what is finished, the same command goes on", err=True)
+        failed(f"flowsolve {name}", f"interrupted; {out} keeps what is finished, the same command goes on")
         raise typer.Exit(130) from None
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from flowsolve._optional import require
+from flowsolve.cli._terminal import failed, plain, say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,20 +45,20 @@ def inspect(
             flow = finding.flow()
             report = _check(flow, _data(data, count, flow))
     except (ImportError, OSError, TypeError, ValueError) as error:
-        typer.echo(f"flowsolve inspect: {error}", err=True)
+        failed("flowsolve inspect", error)
         raise typer.Exit(1) from None
     if as_json:
         told = finding.summary()
         if report is not None:
             told["check"] = {"ok": report[0], "message": report[1]}
-        typer.echo(json.dumps(told, indent=1, ensure_ascii=False))
+        say(*json.dumps(told, indent=1, ensure_ascii=False).split("\n"), whole=True)
     else:
         _show(finding, report)
     raise typer.Exit(0 if finding.ready and (report is None or report[0]) else 1)
 
 
 def rows(finding: Finding) -> list[tuple[str, str]]:
-    """The finding as (what, value) pairs, in words."""
+    """The finding as (what, value) pairs, in words, for a terminal."""
     from flowsolve.paths import Discrete
 
     confidence = f"{finding.confidence:.2f}"
@@ -76,7 +77,7 @@ def rows(finding: Finding) -> list[tuple[str, str]]:
     told = [
         ("format", finding.format),
         ("confidence", confidence),
-        ("evidence", "\n".join(finding.evidence)),
+        ("evidence", "\n".join(map(plain, finding.evidence))),
         ("path", path),
         ("λ, noise to data", _ends(finding.log_snr, infinite=True) or None),
         ("prediction", None if finding.prediction is None else finding.prediction.name),
@@ -87,7 +88,7 @@ def rows(finding: Finding) -> list[tuple[str, str]]:
         ("parameters", None if count is None else f"{count:,}"),
     ]
     return [
-        (what, "not stated" if value is None else value)
+        (what, "not stated" if value is None else plain(value, lines=what == "evidence", whole=True))
         for what, value in told
         if what not in ("latent", "levels") or value
     ]
@@ -103,12 +104,12 @@ def _show(finding: Finding, report: tuple[bool, str] | None) -> None:
     for what, value in rows(finding):
         table.add_row(what, text(value))
     if report is not None:
-        table.add_row("check", text(report[1], style="green" if report[0] else "red"))
+        table.add_row("check", text(plain(report[1], lines=True), style="green" if report[0] else "red"))
     if finding.refusal is not None:
-        table.add_row("refused", text(finding.refusal, style="red"))
+        table.add_row("refused", text(plain(finding.refusal, lines=True), style="red"))
     elif not finding.ready:
-        table.add_row("to be declared", text("\n".join(finding.missing) or "format=", style="yellow"))
-    console.print(text(finding.source), soft_wrap=True)
+        table.add_row("to be declared", text("\n".join(map(plain, finding.missing)) or "format=", style="yellow"))
+    console.print(text(plain(finding.source)), soft_wrap=True)
     console.print(table)
 
 
@@ -137,8 +138,11 @@ def _data(name: str, count: int, flow: Flow) -> Tensor:
     """The first data of a file, or of the digits, as floats; integers become states by the flow's transform."""
     import numpy as np
     import torch
+    from safetensors import safe_open
 
+    from flowsolve.adapters.files import Source, safetensors_header
     from flowsolve.runs import pictures
+    from flowsolve.runs.arrays import chosen, mapped
     from flowsolve.transforms import Latent
 
     if name == "digits":
@@ -149,16 +153,18 @@ def _data(name: str, count: int, flow: Flow) -> Tensor:
             raise ValueError(f"--data digits are images, and the network takes codes, {flow.transform!r}; give codes")
         u = torch.rand(images.shape, generator=torch.Generator().manual_seed(0))
         return flow.transform.forward(images + u, digits.LEVELS)
-    file = Path(name)
+    file, key = chosen(name)
     if file.suffix in (".npy", ".npz"):
-        content = np.load(file, allow_pickle=False)
-        found = torch.from_numpy(content if file.suffix == ".npy" else content[content.files[0]])
+        found: Any = torch.from_numpy(np.array(mapped(file, key, count)[:count]))
     elif file.suffix in (".pt", ".pth"):
-        found = torch.load(file, map_location="cpu", weights_only=True)
+        read = Source.of(file)
+        read.require_trust()
+        found = read.content
     elif file.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        found = next(iter(load_file(str(file)).values()))
+        safetensors_header(file)
+        with safe_open(str(file), framework="pt") as stored:
+            found = stored.get_slice(next(iter(stored.keys()))) if stored.keys() else None
+            found = None if found is None or len(found.get_shape()) < 2 else found[:count]
     else:
         raise ValueError(f"--data {name!r}; expected 'digits' or a .npy, .npz, .pt or .safetensors file")
     if not isinstance(found, torch.Tensor) or found.ndim < 2:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from flowsolve.cli._running import Declare, Format, TrustPickle, command, evaluations, one_line, opened
+from flowsolve.cli._terminal import say
 
 
 def nll(
@@ -80,17 +81,17 @@ def nll(
 def _tell(report: dict[str, Any], out: Path) -> None:
     """The report in a few lines of at most 80 columns."""
     if not report["images"]:
-        typer.echo("no image could be used")
+        say("no image could be used")
     else:
         error = "" if report["stderr"] is None else f" ± {report['stderr']:.4f}"
         best, worst = report["best"][0], report["worst"][0]
-        typer.echo(f"bits/dim  {report['mean']:.4f}{error}  ({report['images']:,} images)")
-        typer.echo(f"NFE       {evaluations(report['nfe'])}")
+        say(f"bits/dim  {report['mean']:.4f}{error}  ({report['images']:,} images)")
+        say(f"NFE       {evaluations(report['nfe'])}")
         if report["mean_abs_solver_error"] is not None:
-            typer.echo(f"solver    {report['mean_abs_solver_error']:.4f} bits/dim, its error by its own estimate")
-        typer.echo(f"best      {best['bpd']:.4f}  {best['name']}")
-        typer.echo(f"worst     {worst['bpd']:.4f}  {worst['name']}")
+            say(f"solver    {report['mean_abs_solver_error']:.4f} bits/dim, its error by its own estimate")
+        say(f"best      {best['bpd']:.4f}  {best['name']}")
+        say(f"worst     {worst['bpd']:.4f}  {worst['name']}")
     if missing := report["left_out"]:
-        typer.echo(f"left out  {len(missing)} (report.json says why), the first {missing[0]['name']}")
+        say(f"left out  {len(missing)} (report.json says why), the first {missing[0]['name']}")
     files = [f for f in ("results.sqlite", "results.parquet", "report.json", "report.png") if (out / f).exists()]
-    typer.echo(f"{out}: {', '.join(files)}")
+    say(f"{out}: {', '.join(files)}")

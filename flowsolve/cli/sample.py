@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from flowsolve.cli._running import Declare, Format, TrustPickle, command, evaluations, one_line, opened
+from flowsolve.cli._terminal import say
 
 
 def sample(
@@ -61,7 +62,7 @@ def sample(
             if init is not None:
                 raise ValueError("--invert and --init do two different things; give one")
             found = carry(flow, invert, out, solver=method, batch=batch, device=place, notes=notes, **options)
-            typer.echo(f"{found}\n{out}: latent.npz, round_trip.png, metadata.json")
+            say(*str(found).splitlines(), f"{out}: latent.npz, round_trip.png, metadata.json")
             return
         record = draw(
             flow, n, out, solver=method, seed=seed, shape=event, batch=batch, init=init, strength=strength, raw=raw,
@@ -71,13 +72,13 @@ def sample(
     if record is None:
         return
     if record["nfe"]:
-        typer.echo(f"{record['samples']:,} samples, NFE {evaluations(record['nfe'])}")
+        say(f"{record['samples']:,} samples, NFE {evaluations(record['nfe'])}")
     if missing := record["left_out"]:
-        typer.echo(f"left out  {len(missing)} (metadata.json says why), the first sample {missing[0]['idx']}")
+        say(f"left out  {len(missing)} (metadata.json says why), the first sample {missing[0]['idx']}")
     if record["codes"] is not None:
-        typer.echo(f"no pictures: the flow models codes, {record['codes']}; samples.npz holds them as x")
+        say(f"no pictures: the flow models codes, {record['codes']}; samples.npz holds them as x")
     files = [name for name in ("grid.png", "images/", "samples.npz", "metadata.json") if (out / name).exists()]
-    typer.echo(f"{out}: {', '.join(files)}")
+    say(f"{out}: {', '.join(files)}")
 
 
 def _numbers(shape: str) -> tuple[int, ...]:

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
+from flowsolve.cli._terminal import failed, say
+
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
 
@@ -253,6 +255,6 @@ def train(
     try:
         record = fit(recipe, out, resume=resume, progress=progress)
     except (ValueError, OSError, ImportError) as error:
-        typer.echo(f"flowsolve train: {error}", err=True)
+        failed("flowsolve train", error)
         raise typer.Exit(1) from None
-    typer.echo(f"{out}: {record['parameters']:,} parameters, {steps} steps, loss {json.dumps(record['loss'])}")
+    say(f"{out}: {record['parameters']:,} parameters, {steps} steps, loss {json.dumps(record['loss'])}")

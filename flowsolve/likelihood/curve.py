@@ -54,8 +54,8 @@ $$ \tfrac14\,\text{small} + \tfrac1{16}\,\text{large} + \Bigl|\sum_k c_k\Bigr| +
    + \text{the roundings of }\int T\,d\ell . $$
 
 The numbers are those of a small table that cover 90 % of the samples within twice the error and 97 % within four times
-it on the fields of `FIT` in `benchmarks/coverage.py`, at 12 to 192 evaluations, with few claims beyond five times the
-distance. What holds on other fields is in its record.
+it on the fields of `FIT` in `benchmarks/calibration.py`, at 12 to 192 evaluations, with few claims beyond five times
+the distance. What holds on other fields is in its record.
 
 Sources: the instantaneous change of variables is Chen et al. 2018; that a dual-weighted residual corrects a functional
 of an approximate solution is Becker & Rannacher 2001. The line integral is the

@@ -60,6 +60,14 @@ def verify(flow: Flow, trace: Trace, chunk: Chunk, interval: tuple[float, float]
     if not trace.verify or trace.learnt.get("verified") or not chunk.x.numel() or not bare():
         return
     trace.learnt["verified"] = True
+    flow.arm(False)  # whether the network is a function, the first call of the solve itself shows
+    try:
+        _looked(flow, trace, chunk, interval)
+    finally:
+        flow.arm()
+
+
+def _looked(flow: Flow, trace: Trace, chunk: Chunk, interval: tuple[float, float]) -> None:
     low, high = sorted(interval)
     t = min(max(flow.path.time(0.0), low), high)
     for x, given in ((chunk.x[:1], rows_of(chunk.cond, [0])), (chunk.x, chunk.cond)):

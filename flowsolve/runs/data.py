@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowsolve.runs.arrays import LAYOUTS, mapped, planes
+from flowsolve.runs.arrays import LAYOUTS, chosen, mapped, planes
 from flowsolve.runs.errors import ItemError
 from flowsolve.runs.images import EXTENSIONS, header, integers
 
@@ -251,13 +251,12 @@ def _named(data: str | Path, limit: int | None, layout: str) -> Data:
     text, path = str(data), Path(data)
     if path.is_dir():
         return Folder(path, limit)
-    file, _, key = text.rpartition(":") if not path.exists() and ".npz:" in text else (text, "", "")
-    path = Path(file)
+    path, key = chosen(text)
     if path.is_file():
         if path.suffix.lower() in EXTENSIONS:
             return Folder(path.parent, limit, [path])
         if path.suffix in (".npy", ".npz"):
-            return Items(mapped(path, key), "array", limit, layout)
+            return Items(mapped(path, key, limit), "array", limit, layout)
         raise ValueError(
             f"{path} is not of a known kind; expected a folder of images, {', '.join(EXTENSIONS)}, .npy or .npz"
         )

@@ -25,8 +25,8 @@ from flowsolve.transforms import Latent, Transform
 __all__ = ["is_image", "levels", "save_arrays", "save_grid", "save_png", "shades", "states"]
 
 SHADES = 256
-TILE = 32
-"""The least size of an image in a grid."""
+TILE = 64
+"""The least size of an image in a grid: what an eye can read on a screen."""
 
 
 def is_image(shape: Sequence[int]) -> bool:

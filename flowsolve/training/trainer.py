@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from flowsolve._bounds import require_plain
 from flowsolve._optional import require
 from flowsolve.training.ema import EMA
 
@@ -224,4 +225,5 @@ class Trainer:
 
     def load(self, file: str | Path) -> None:
         """Continue from a file written by `save`; nothing in it is executed."""
+        require_plain(file)
         self.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -550,6 +551,44 @@ def test_a_saved_pipeline_needs_the_import(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.delitem(sys.modules, "flowsolve.adapters.diffusers.scheduler")
     with pytest.raises(ValueError, match=r"flowsolve\.adapters\.diffusers\.scheduler"):
         diffusers.DDPMPipeline.from_pretrained(tmp_path, local_files_only=True)
+
+
+COLLEAGUE = """
+import json, logging, sys
+from pathlib import Path
+sys.modules["flowsolve"] = None  # not installed: importing it fails
+import diffusers
+root = Path(sys.argv[1])
+try:
+    diffusers.DDPMPipeline.from_pretrained(root, local_files_only=True)
+except (ValueError, ImportError) as error:
+    print("told", error)
+note = (root / "scheduler/FLOWSOLVE.md").read_text()
+entry = next(line for line in note.splitlines() if line.strip().startswith('"scheduler"'))
+index = json.loads((root / "model_index.json").read_text())
+(root / "model_index.json").write_text(json.dumps(index | json.loads("{" + entry + "}")))
+pipe = diffusers.DDPMPipeline.from_pretrained(root, local_files_only=True)
+print("opened", type(pipe.scheduler).__name__, pipe.scheduler.config.num_train_timesteps)
+"""
+
+
+def test_a_saved_pipeline_opened_without_flowsolve(tmp_path: Path) -> None:
+    """The error names us, the folder says what to install, and what it advises otherwise works without."""
+    case = unconditional(diffusers.DDIMScheduler(num_train_timesteps=500))
+    case.pipe.scheduler = Scheduler.from_config(case.native, solver="unipc")
+    case.pipe.save_pretrained(tmp_path / "pipe")
+    done = subprocess.run(
+        [sys.executable, "-c", COLLEAGUE, str(tmp_path / "pipe")],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^told .*flowsolve", done.stdout)
+    assert "opened DDIMScheduler 500" in done.stdout
+    assert "pip install 'flowsolve[diffusers]'" in done.stderr  # where diffusers prints what it does not know
+    note = (tmp_path / "pipe/scheduler/FLOWSOLVE.md").read_text(encoding="utf-8")
+    assert "pip install 'flowsolve[diffusers]', or in a copy of its repository pip install '.[diffusers]'" in note
+    assert "from flowsolve.adapters.diffusers import Scheduler" in note
+    assert str(Path(fs.__file__).parents[1]) not in note  # no path of the machine that saved it
 
 
 @pytest.mark.parametrize("solver", [DDIM(), UniPC(3), Heun()], ids=repr)

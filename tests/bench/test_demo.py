@@ -39,6 +39,7 @@ def test_the_demonstration_writes_a_page_pictures_and_a_record(tmp_path, monkeyp
     result = CliRunner().invoke(build(), ["demo", "--images", "4", "--samples", "2"])
     assert result.exit_code == 0, result.output
     assert "digits-condot" in result.output
+    assert all(name in result.output for name in ("auto", "UniPC", "DPM-Solver++", "Euler (DDIM)", "RK4"))
     assert max(map(len, result.output.splitlines())) <= 80
     out = tmp_path / "demo"
     record = json.loads((out / "demo.json").read_text())
@@ -49,6 +50,8 @@ def test_the_demonstration_writes_a_page_pictures_and_a_record(tmp_path, monkeyp
         assert found["bits_per_dim"]["images"] == 4
         by_name = {c["name"]: c for c in found["curves"]}
         assert by_name["Euler (DDIM)"]["rmse"][-1] < 0.1 < by_name["Euler (DDIM)"]["rmse"][0]
+        assert all(by_name[c]["nfe"] == [4, 8, 16, 32, 64] for c in ("auto", "UniPC", "DPM-Solver++", "RK4"))
+        assert by_name["auto"]["rmse"][2] < 0.5 * by_name["Euler (DDIM)"]["rmse"][2]
         assert (out / f"{name}-samples.png").read_bytes().startswith(b"\x89PNG")
     page = (out / "report.html").read_text()
     assert all(f"{name}-samples.png" in page for name in adapters.BUNDLED)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from flowsolve import adapters
+from flowsolve._optional import install
 from flowsolve.cli import build, main
 from flowsolve.paths import CondOT, Discrete
 from flowsolve.training import Trainer
@@ -100,5 +101,5 @@ def test_without_typer_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsy
         main()
     assert stop.value.code == 1
     error = capsys.readouterr().err
-    assert "pip install 'flowsolve[cli]'" in error
+    assert install("cli") in error
     assert error.count("\n") == 1

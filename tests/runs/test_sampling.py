@@ -175,7 +175,7 @@ def test_inversion_is_a_round_trip(tmp_path: Path) -> None:
     for name in ("latent", "x", "error", "psnr", "nfe"):
         assert np.abs(kept[name] - getattr(right, name).numpy()).max() < 1e-4, name
     assert found.nfe.tolist() == [80] * 5
-    assert shown(tmp_path / "out/round_trip.png").shape == (2 * 34 + 2, 5 * 34 + 2)
+    assert shown(tmp_path / "out/round_trip.png").shape == (2 * 66 + 2, 5 * 66 + 2)
     record = json.loads((tmp_path / "out/metadata.json").read_text())
     assert record["psnr"]["worst"] == pytest.approx(float(right.psnr.min()), abs=0.1)
     with pytest.raises(FileExistsError, match="is not empty; choose another directory"):
@@ -184,13 +184,22 @@ def test_inversion_is_a_round_trip(tmp_path: Path) -> None:
         runs.invert(work.flow(), iter([images]), tmp_path / "b", solver=solvers.RK4(), nfe=40)
 
 
-def test_a_grid_shows_every_image_where_it_belongs(tmp_path: Path) -> None:
-    images = torch.arange(7, dtype=torch.uint8).reshape(7, 1, 1, 1).expand(7, 3, 40, 50) * 30
+@pytest.mark.parametrize(
+    ("height", "width", "factor"), [(40, 50, 2), (8, 8, 8), (70, 100, 1), (1, 1, 64)], ids=lambda v: str(v)
+)
+def test_a_grid_shows_every_image_where_it_belongs(height: int, width: int, factor: int, tmp_path: Path) -> None:
+    """Each pixel a square of whole pixels, and the images at least 64 wide or high."""
+    shape = (7, 3, height, width)
+    images = torch.randint(0, 255, shape, generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     pictures.save_grid(tmp_path / "grid.png", images)
     sheet = shown(tmp_path / "grid.png")
-    assert sheet.shape == (3 * 42 + 2, 3 * 52 + 2, 3)
+    h, w = height * factor, width * factor
+    assert max(h, w) >= 64
+    assert sheet.shape == (3 * (h + 2) + 2, 3 * (w + 2) + 2, 3)
     for i in range(7):
-        assert (sheet[(i // 3) * 42 + 20, (i % 3) * 52 + 20] == 30 * i).all()
+        y, x = (i // 3) * (h + 2) + 2, (i % 3) * (w + 2) + 2
+        tile = np.asarray(sheet)[y : y + h, x : x + w].reshape(height, factor, width, factor, 3)
+        assert (tile == images[i].permute(1, 2, 0).numpy()[:, None, :, None]).all()
     assert (sheet[0] == 255).all()
 
 

@@ -36,7 +36,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flowsolve._optional import require
-from flowsolve.adapters.diffusers.tables import alphas_cumprod
+from flowsolve.adapters.diffusers.tables import alphas_cumprod, table_size
 from flowsolve.adapters.networks import Preconditioned, Preconditioning, preconditioned
 from flowsolve.flow import Flow
 from flowsolve.paths import EDM, VE, VP, CondOT, Discrete, Path, Trig
@@ -236,7 +236,7 @@ def convention(config: Mapping[str, Any]) -> Convention:
     name = config["_class_name"]
     if name in DISTILLED:
         raise ValueError(f"{name} is not supported: {JUMPS}")
-    n = float(config.get("num_train_timesteps", 1000))
+    n = float(table_size(config))
     if name in FLOW_SCHEDULERS:
         return _flow(n, FLOW, bool(config.get("invert_sigmas")))
     if name in EDM_SCHEDULERS:

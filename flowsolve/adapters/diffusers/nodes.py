@@ -26,7 +26,7 @@ from typing import Any
 from flowsolve.adapters.diffusers.convention import EULERS, FLOW_SCHEDULERS
 from flowsolve.adapters.diffusers.peers import TO_THE_LOWEST
 from flowsolve.adapters.diffusers.reading import Reading
-from flowsolve.adapters.diffusers.tables import alphas_cumprod
+from flowsolve.adapters.diffusers.tables import alphas_cumprod, table_size
 from flowsolve.grids.quantile import beta_quantile
 from flowsolve.paths import Discrete, Trig
 
@@ -71,7 +71,7 @@ def own(reading: Reading, steps: int, mu: float | None = None) -> Nodes:
     """
     config, path = reading.config, reading.path
     if reading.straight:
-        span = int(config["num_train_timesteps"])
+        span = table_size(config)
         if reading.name in FLOW_SCHEDULERS:
             base = [1.0 - (1.0 - 1.0 / span) * i / max(steps - 1, 1) for i in range(steps)]
         elif reading.name == "UniPCMultistepScheduler":
@@ -151,7 +151,7 @@ def _entries(reading: Reading, table: Discrete, steps: int) -> list[float]:
         raise ValueError(f"interpolation_type = {between!r} is not supported; expected 'linear', or another grid=")
     config, usual = reading.config, "leading" if reading.name == "RePaintScheduler" else "linspace"
     kind = config.get("timestep_spacing", usual)
-    size = int(config["num_train_timesteps"])
+    size = table_size(config)
     extra = int(reading.name in ONE_MORE)
     if not 1 <= steps <= size - extra:
         raise ValueError(f"{steps} steps on a table of {size} entries; expected 1 to {size - extra}, or another grid=")

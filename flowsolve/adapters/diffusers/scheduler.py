@@ -30,6 +30,7 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,7 +44,8 @@ from flowsolve.adapters.diffusers.peers import as_configured, unstated
 from flowsolve.adapters.diffusers.pull import Run
 from flowsolve.adapters.diffusers.reading import OURS, Reading, read, start_std
 from flowsolve.adapters.diffusers.seeds import seeds
-from flowsolve.adapters.diffusers.settings import OPTIONS, merged, named, require_saveable
+from flowsolve.adapters.diffusers.settings import INSTALL, OPTIONS, merged, named, require_saveable, write_note
+from flowsolve.adapters.diffusers.tables import table_size
 from flowsolve.noise import Noise
 from flowsolve.solvers import DDIM
 
@@ -168,18 +170,20 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         return (made, {}) if return_unused_kwargs else made
 
     def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Write scheduler_config.json, from which `from_pretrained` makes the same scheduler.
+        """Write scheduler_config.json, from which `from_pretrained` makes the same scheduler, and a note.
 
         Raises:
             ValueError: a setting that has no JSON, such as η as a function.
         """
         require_saveable(self.config[OURS])
+        write_note(Path(save_directory), __name__, self.config[OURS]["scheduler"])
         super().save_config(save_directory, push_to_hub, **kwargs)
 
     def to_json_string(self) -> str:
         """The configuration as JSON, with the class that it was read from: a file of that scheduler, and of ours."""
         content = json.loads(super().to_json_string())
         content["_class_name"] = self.config[OURS]["scheduler"]
+        content[OURS]["install"] = INSTALL  # diffusers prints the entry where it does not know it
         return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
     def __copy__(self) -> Scheduler:
@@ -379,7 +383,7 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         return self.add_noise(sample, noise, timestep)
 
     def __len__(self) -> int:
-        return int(self.config["num_train_timesteps"])
+        return table_size(self.config)
 
     # --- within -------------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -13,9 +14,29 @@ from flowsolve import grids, solvers
 from flowsolve.grids import At, Final, Grid
 from flowsolve.solvers import Auto, Solver, names
 
-__all__ = ["OPTIONS", "from_json", "merged", "named", "require_saveable", "to_json"]
+__all__ = ["INSTALL", "NOTE", "OPTIONS", "from_json", "merged", "named", "require_saveable", "to_json", "write_note"]
 
 OPTIONS = ("solver", "grid", "chart", "final", "seed")
+INSTALL = "pip install 'flowsolve[diffusers]', or in a copy of its repository pip install '.[diffusers]'"
+"""In a saved configuration: what the scheduler needs. (Not where it lies on the machine that saved it.)"""
+NOTE = "FLOWSOLVE.md"
+TEXT = """\
+# A scheduler of flowsolve
+
+`model_index.json` of the pipeline that this folder belongs to names `{module}`. Install it,
+
+    {install}
+
+and import it before the pipeline is loaded, since diffusers imports no other package by itself:
+
+    from flowsolve.adapters.diffusers import Scheduler
+
+Without flowsolve the pipeline opens with diffusers' own scheduler, whose configuration this folder holds as well: in
+`model_index.json`, write
+
+    "scheduler": ["diffusers", "{name}"]
+"""
+"""Beside a saved configuration, for whoever opens it without this package: diffusers' error names the module alone."""
 UNSAVED = "unsaved"
 """In a configuration, in the place of an option that has no JSON: why."""
 
@@ -72,6 +93,13 @@ def require_saveable(said: Mapping[str, Any]) -> None:
     for option, value in said.items():
         if isinstance(value, dict) and UNSAVED in value:
             raise ValueError(f"the {option} cannot be saved: {value[UNSAVED]}")
+
+
+def write_note(folder: Path, module: str, scheduler: str) -> None:
+    """Say beside a saved configuration what it needs, and what diffusers' own scheduler of it is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = TEXT.format(module=module, name=scheduler, install=INSTALL)
+    (folder / NOTE).write_text(text, encoding="utf-8")
 
 
 def to_json(value: Any) -> Any:

@@ -20,14 +20,18 @@ Tables are computed in float64; diffusers' own, in float32, agree to its roundin
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["alphas_cumprod"]
+__all__ = ["MAX_STEPS", "alphas_cumprod", "table_size"]
 
+MAX_STEPS = 1_000_000
+"""Entries of a table; a file that claims more would cost memory and time before anything of it is used. The longest
+that networks are trained on have 4,000."""
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid")
 
 
@@ -35,16 +39,13 @@ def alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
     """The table ᾱ_k that a scheduler's configuration describes, float64 of shape (N,).
 
     Raises:
-        ValueError: an unknown beta_schedule.
+        ValueError: an unknown beta_schedule, a number of steps that is none, or trained_betas that are no list of
+            numbers.
     """
-    n, schedule, trained = (
-        int(config["num_train_timesteps"]),
-        config["beta_schedule"],
-        config.get("trained_betas"),
-    )
+    n, schedule, trained = table_size(config), config["beta_schedule"], config.get("trained_betas")
     first, last = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
     if trained is not None:
-        betas = torch.as_tensor(trained, dtype=torch.float64)
+        betas = _listed(trained)
     elif schedule == "linear":
         betas = torch.linspace(first, last, n, dtype=torch.float64)
     elif schedule == "scaled_linear":
@@ -65,6 +66,29 @@ def alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
         root = table.sqrt()
         table = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))).square()
     return table
+
+
+def table_size(config: Mapping[str, Any], name: str = "num_train_timesteps") -> int:
+    """The number of training steps that a configuration gives under a name, by default 1000.
+
+    Raises:
+        ValueError: it is not a whole number from 1 to `MAX_STEPS`.
+    """
+    value = config.get(name, 1000)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 1 <= value <= MAX_STEPS or value != int(value):
+        raise ValueError(f"{name} = {reprlib.repr(value)}; expected a whole number from 1 to {MAX_STEPS:,}")
+    return int(value)
+
+
+def _listed(betas: Any) -> Tensor:
+    try:
+        found = torch.as_tensor(betas, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        found = torch.empty(())
+    if found.ndim != 1 or not 1 <= len(found) <= MAX_STEPS:
+        raise ValueError(f"trained_betas = {reprlib.repr(betas)}; expected a list of 1 to {MAX_STEPS:,} numbers")
+    return found
 
 
 def _laplace(s: Tensor) -> Tensor:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import math
 import re
+import reprlib
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,6 +24,10 @@ from flowsolve.adapters.files import Source, UnsafeFile, read_json, safetensors_
 __all__ = ["built", "count", "save", "shards"]
 
 STEM = "diffusion_pytorch_model"
+MAX_LAYERS = 1000
+"""Of a block or a network; the deepest have some sixty."""
+MARGIN = 10**7
+"""Numbers that a network may have beyond twice those of its files, and be told by diffusers what is missing."""
 
 
 def shards(directory: Path, variant: str | None = None) -> list[Path]:
@@ -98,9 +104,10 @@ def count(directory: Path, variant: str | None = None) -> int:
 
 def built(directory: Path, name: str, dtype: torch.dtype | None, variant: str | None) -> nn.Module:
     """The network from its directory, every file looked at first and every weight accounted for."""
-    count(directory, variant)
+    held = count(directory, variant)
     files = shards(directory, variant)
     library = require("diffusers", "diffusers", "loading a diffusers checkpoint")
+    _require_held(getattr(library, name), directory / "config.json", held)
     options: dict[str, Any] = {} if dtype is None else {"torch_dtype": dtype}
     if (marked := _variant(files[0])) is not None:
         options["variant"] = marked
@@ -126,6 +133,37 @@ def built(directory: Path, name: str, dtype: torch.dtype | None, variant: str | 
                 f"{len(told[what])} {what.replace('_', ' ')} ({first})"
             )
     return net  # type: ignore[no-any-return]
+
+
+def _require_held(kind: Any, file: Path, held: int) -> None:
+    """Raise ValueError for a configuration of a much larger network than the weight files hold, before it is built.
+
+    Its layers are made without their numbers, as diffusers does; where accelerate is missing, it is left to diffusers.
+    """
+    config = read_json(file)
+    layers = {k: v for k, v in config.items() if "layers" in k and _most(v) > MAX_LAYERS}
+    if layers:
+        told = ", ".join(f"{k} = {reprlib.repr(v)}" for k, v in layers.items())
+        raise ValueError(f"{file} says {told}; expected at most {MAX_LAYERS:,} layers")
+    if find_spec("accelerate") is None:
+        return
+    try:
+        with require("accelerate", "diffusers", "loading a diffusers checkpoint").init_empty_weights():
+            claimed = sum(p.numel() for p in kind.from_config(config).parameters())
+    except Exception:  # diffusers will say what is wrong with it
+        return
+    if claimed > 2 * held + MARGIN:
+        raise ValueError(
+            f"the weights beside {file} do not belong to that configuration: it describes a {kind.__name__} of "
+            f"{claimed:,} numbers, and they hold {held:,}"
+        )
+
+
+def _most(value: Any) -> float:
+    """The largest number in a value of a configuration."""
+    if isinstance(value, list | tuple):
+        return max(map(_most, value), default=0)
+    return value if isinstance(value, int | float) else 0
 
 
 def save(unet: Any, scheduler: Any, directory: str | Path, pipeline: str = "DDPMPipeline") -> None:

@@ -1,7 +1,7 @@
 r"""Does the default likelihood say how far off it is? Its error and the error that it claims, on fields of many kinds.
 
-    python benchmarks/coverage.py                        # everything: some minutes on one core
-    python benchmarks/coverage.py --only moons-40        # these alone, printed and not recorded
+    python benchmarks/calibration.py                        # everything: some minutes on one core
+    python benchmarks/calibration.py --only moons-40        # these alone, printed and not recorded
 
 For each field and budget: bias and rms in bits/dim of `fs.log_prob` from an independent tight solve of the same field
 with the same probes (Dopri5 at 1e-9, for the digits at 1e-5, which their float32 allows; there 3e-4 bits/dim are left
@@ -39,7 +39,7 @@ from flowsolve.bench.record import environment
 from flowsolve.flow import Flow
 from flowsolve.problems import GaussianMixture
 
-RESULTS = Path(__file__).parent / "results" / "coverage.json"
+RESULTS = Path(__file__).parent / "results" / "calibration.json"
 BUDGETS = (12, 16, 24, 48, 96, 192)
 SIZE, COUNT, IMAGES = 8, 64, 48
 DOUBLE = torch.float64
