@@ -16,7 +16,7 @@ average scores about 1. Wrong conventions score far above the right one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from flowsolve._batch import per_sample, state_dtype
+from flowsolve.conditioning import arguments
 from flowsolve.predictions import PREDICTIONS, Prediction, Row
 
 if TYPE_CHECKING:
@@ -64,7 +65,9 @@ class CheckReport:
         return self.message
 
 
-def check(flow: Flow, data: Tensor, *, seed: int = 0, slack: float = 1.05, **cond: Any) -> CheckReport:
+def check(
+    flow: Flow, data: Tensor, *, seed: int = 0, slack: float = 1.05, cond: Mapping[str, Any] | None = None, **more: Any
+) -> CheckReport:
     """Test whether the path, prediction and time declared for a network fit what it does on noised data.
 
     Every reading of time (as declared, flow, native, each of them reversed, flow times 1000 both ways) is tried with
@@ -76,12 +79,13 @@ def check(flow: Flow, data: Tensor, *, seed: int = 0, slack: float = 1.05, **con
         data: a few data points z of shape (B, *S), as the network was trained on them; 16 are plenty.
         seed: seed of the noise added to them.
         slack: how much worse than the best the declared conventions may be and still pass.
-        **cond: passed to the network.
+        cond: the network's keyword arguments, as in `flowsolve.sample`.
+        **more: more of them.
 
     Returns:
         A `CheckReport`; its message says which convention fits better, if one does.
     """
-    path = flow.path
+    path, given = flow.path, arguments(cond, more, len(data))
     data = data.to(state_dtype(data))
     noise = torch.randn(data.shape, generator=torch.Generator().manual_seed(seed), dtype=data.dtype).to(data.device)
     times = sorted({path.time(v) for v in LOG_SNRS} - {0.0, 1.0}) or [0.5]
@@ -92,7 +96,7 @@ def check(flow: Flow, data: Tensor, *, seed: int = 0, slack: float = 1.05, **con
     for scale, (factor, shift) in SCALES.items():
         z = factor * data + shift
         for name, clock in (_clocks(flow) if scale == "data as given" else {"declared": flow.clock}).items():
-            errors |= {(p, name, scale): e for p, e in _errors(flow, z, noise, times, clock, rows, cond).items()}
+            errors |= {(p, name, scale): e for p, e in _errors(flow, z, noise, times, clock, rows, given).items()}
 
     declared = (flow.prediction.name, "declared", "data as given")
     error = errors.get(declared, math.inf)

@@ -25,7 +25,10 @@ from torch.utils._pytree import SequenceKey, keystr, tree_flatten_with_path, tre
 
 from flowsolve._batch import Whose, take
 
-__all__ = ["common", "per_sample", "plain", "rows_of", "settled", "shared"]
+__all__ = ["arguments", "common", "per_sample", "plain", "rows_of", "settled", "shared"]
+
+OWN = ("x", "t", "clock")
+"""Keywords that `Flow.call` has for itself."""
 
 
 def shared(value: Any) -> Any:
@@ -133,12 +136,32 @@ def plain(cond: Any) -> Any:
     return tree_map(lambda v: v.value if isinstance(v, Whose) else v, cond)
 
 
+def arguments(cond: Any, more: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The keyword arguments of a network that is called once for `count` samples, given as a mapping or one by one.
+
+    Raises:
+        TypeError: one that is given twice.
+    """
+    if cond is not None and not isinstance(cond, Mapping):  # the network's own keyword of that name
+        cond, more = None, {"cond": cond, **more}
+    if twice := set(cond or {}) & set(more):
+        raise TypeError(f"{min(twice)!r} is given in cond= and beside it; give it once")
+    found: dict[str, Any] = plain(settled({**(cond or {}), **more}, count))
+    return found
+
+
 def _each(cond: Mapping[str, Any] | None, change: Callable[[str, Any], Any]) -> dict[str, Any]:
     """The arguments with each leaf changed, which is given its name.
 
     Raises:
         TypeError: a list or tuple of numbers, or an array.
     """
+    for name in OWN:
+        if name in (cond or {}):
+            raise ValueError(
+                f"cond has {name!r}, under which the network is given something else already; wrap it: lambda x, t, "
+                f"mine, **more: net(x, t, {name}=mine, **more)"
+            )
     leaves, spec = tree_flatten_with_path(dict(cond or {}))
     made = []
     for path, value in leaves:

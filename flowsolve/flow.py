@@ -82,7 +82,7 @@ class Flow:
         self.path = path
         self.prediction = resolve(prediction)
         if isinstance(time, str):
-            clocks = {"flow": lambda t: t, "native": path.native_time}
+            clocks = {"flow": _flow_time, "native": path.native_time}
             if time not in clocks:
                 raise ValueError(f"time = {time!r}; expected 'flow', 'native' or a function of flow time")
             self.clock: Callable[[Any], Any] = clocks[time]
@@ -213,6 +213,8 @@ class Flow:
             hint = ""
             if output.ndim == x.ndim > 1 and output.shape[1] == 2 * x.shape[1]:
                 hint = "; twice the channels looks like a learned variance: keep the first half"
+            elif output.shape == x.shape[:1]:
+                hint = " (that of t: a network net(t, x)? Give lambda x, t, **cond: net(t, x, **cond))"
             raise ValueError(
                 f"the network returned shape {tuple(output.shape)} for x of shape {tuple(x.shape)}; "
                 f"expected the same shape{hint}"
@@ -249,12 +251,24 @@ class Flow:
         """ẑ(x, t), shape (B, *S)."""
         return self.estimate(x, t, **cond).data
 
-    def check(self, data: Tensor, *, seed: int = 0, slack: float = 1.05, **cond: Any) -> CheckReport:
+    def check(
+        self,
+        data: Tensor,
+        *,
+        seed: int = 0,
+        slack: float = 1.05,
+        cond: Mapping[str, Any] | None = None,
+        **more: Any,
+    ) -> CheckReport:
         """Test path, prediction and time on a few data points, and say which convention fits better.
 
         The arguments and the result are those of `flowsolve.checks.check`.
         """
-        return check(self, data, seed=seed, slack=slack, **cond)
+        return check(self, data, seed=seed, slack=slack, cond=cond, **more)
+
+
+def _flow_time(t: Any) -> Any:
+    return t
 
 
 def network_time(native: Any, x: Tensor) -> Tensor:

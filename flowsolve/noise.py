@@ -78,7 +78,7 @@ class Noise:
             raise ValueError(f"samples = {samples!r}; expected a count, or a flat list of integers in [0, 2**32)")
         numbers = numbers.to(torch.int64)
         if own is None:
-            return cls(seed, numbers)  # type: ignore[arg-type]
+            return cls(int(seed), numbers)  # type: ignore[arg-type]
         if len(own) != len(numbers):
             raise ValueError(f"{len(own)} seeds for {len(numbers)} samples; expected one a sample, or a single int")
         key = [[s & MASK, (s >> 32) & MASK] for s in own]
@@ -173,13 +173,14 @@ def _key(seed: Any) -> tuple[Any, Any]:
 
 def _seeds(seed: Any) -> list[int] | None:
     """The seeds of a list of them; None for an integer."""
-    if isinstance(seed, int) and not isinstance(seed, bool):
+    if isinstance(seed, int | np.integer) and not isinstance(seed, bool):
         return None
     if isinstance(seed, Tensor | np.ndarray) and seed.ndim == 1:
         seed = seed.tolist()
-    if not isinstance(seed, list | tuple | range) or any(isinstance(s, bool) or not isinstance(s, int) for s in seed):
+    whole = int | np.integer
+    if not isinstance(seed, list | tuple | range) or any(isinstance(s, bool) or not isinstance(s, whole) for s in seed):
         raise TypeError(f"seed = {seed!r}; expected an int, or a list of them, one a sample")
-    return list(seed)
+    return [int(s) for s in seed]
 
 
 def _work(like: Tensor) -> torch.dtype:

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial, reduce
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from flowsolve import grids
@@ -31,9 +31,12 @@ from flowsolve.pursuit import Metered, collect, pursue, resident
 from flowsolve.solution import Solution
 from flowsolve.solvers.adaptive import Adaptive, Status
 from flowsolve.solvers.base import Foreign, Query, SlopeSolver, Solver
+from flowsolve.solvers.names import solver as named
 from flowsolve.solvers.runge_kutta import RungeKutta
 
-__all__ = ["solve", "trajectory"]
+__all__ = ["check_resolution", "solve", "trajectory"]
+
+HALF = (torch.float16, torch.bfloat16)
 
 
 def solve(
@@ -42,7 +45,7 @@ def solve(
     t0: float | Tensor,
     t1: float | Tensor,
     *,
-    solver: Solver,
+    solver: Solver | str,
     nfe: int | None = None,
     t_eval: Sequence[float] | Tensor | None = None,
     batched: bool = True,
@@ -59,7 +62,7 @@ def solve(
         y0: initial state: a tensor, or a tree (tuple, list, dict) of them, of shapes (B, *S), or any shapes with
             batched=False. f is given and returns the same tree.
         t0, t1: the interval. Tensors that require gradients receive them, for two evaluations each.
-        solver: a Runge–Kutta solver.
+        solver: a Runge–Kutta solver, or its name.
         nfe: evaluations to spend on equal steps, or the most a sample may spend with an adaptive solver.
         t_eval: times at which to return the state, strictly monotone from t0 towards t1; the last of them ends the
             solve. Between steps the state is interpolated, which costs nothing, except with Dopri8 (3 evaluations in a
@@ -90,6 +93,7 @@ def solve(
         >>> torch.allclose(sol.x["x"], -y0, atol=1e-7)
         True
     """
+    solver = cast(Solver, named(solver) if isinstance(solver, str) else solver)
     check_solver(solver)
     if not isinstance(solver, SlopeSolver):
         raise TypeError(f"{solver!r} works on flows only; a plain ODE needs a Runge–Kutta solver such as Dopri5()")
@@ -99,9 +103,9 @@ def solve(
     stops = _stops(start, _number(t1, "t1"), t_eval)
     layout = _Layout(y0, batched)
     y = layout.pack(y0)
-    field = Guard(f, "f")
+    field = Guard(_fed(f, y0), "f")
     field.armed = True
-    _check_resolution(start, stops[-1], y.dtype)
+    check_resolution(start, stops[-1], y.dtype)
 
     clock: dict[Any, Tensor] = {}
     device, dtype, plain, known = y.device, y.dtype, not (layout.tree or layout.single), clock.get
@@ -363,7 +367,7 @@ class _Layout:
         leaves = []
         for part, shape, dtype in zip(x.split(self.sizes, -1), self.shapes, self.dtypes, strict=True):
             leaf = part.reshape((*front, *shape) if self.single else (*front, count, *shape[1:]))
-            leaves.append(leaf.to(dtype) if like else leaf)
+            leaves.append(leaf.to(dtype if like else torch.promote_types(dtype, torch.float32)))
         return tree_unflatten(leaves, self.spec)
 
     def time(self, t: Tensor) -> Tensor:
@@ -382,9 +386,8 @@ class _Layout:
         leaves, spec = tree_flatten(f.function(lambda: f.f(t.clone(), self.unpack(x.clone(), like=True)), x.device))
         expected = [v.shape for v in tree_flatten(given)[0]]
         if spec != self.spec or [getattr(v, "shape", None) for v in leaves] != expected:
-            found = [tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for v in leaves]
             raise ValueError(
-                f"f(t, y) returned a tree with {found}; expected that of y0, with {[tuple(s) for s in expected]}"
+                f"f(t, y) returned {_outline(leaves, spec)}; expected the structure of y0, {_outline(given)}"
             )
         for leaf in leaves:
             _real(leaf, x)
@@ -401,6 +404,21 @@ class _Layout:
 
     def _row(self, leaf: Tensor) -> Tensor:
         return leaf.reshape(1, -1) if self.single else leaf.reshape(len(leaf), -1)
+
+
+def _fed(f: Callable[[Tensor, Any], Any], y0: Any) -> Callable[[Tensor, Any], Any]:
+    """f, given its own half precision where it or y0 is of one; the state is float32 between the calls."""
+    found = y0.dtype if isinstance(y0, Tensor) else None
+    if isinstance(f, nn.Module) and found not in HALF:
+        found = next((p.dtype for p in f.parameters() if p.dtype.is_floating_point), None)
+    return f if found not in HALF else lambda t, y: f(t.to(found), y.to(found))
+
+
+def _outline(tree: Any, spec: Any = None) -> str:
+    """A tree with shapes in place of its tensors."""
+    leaves, form = (tree, spec) if spec is not None else tree_flatten(tree)
+    told = [tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for v in leaves]
+    return str(tree_unflatten(told, form))
 
 
 def _real(slope: Tensor, y: Tensor) -> None:
@@ -442,7 +460,7 @@ def _stops(t0: float, t1: float, t_eval: Sequence[float] | Tensor | None) -> lis
     return stops
 
 
-def _check_resolution(t0: float, t1: float, dtype: torch.dtype) -> None:
+def check_resolution(t0: float, t1: float, dtype: torch.dtype) -> None:
     """f reads time in the state's dtype, which must tell the times of the interval apart."""
     grain = torch.finfo(dtype).eps * max(abs(t0), abs(t1))
     if t0 != t1 and grain > 1e-3 * abs(t1 - t0):

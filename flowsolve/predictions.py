@@ -73,14 +73,34 @@ class Prediction:
         return bool((det == 0).any()) if isinstance(det, Tensor) else det == 0.0
 
 
+def _data(point: Point) -> Row:
+    return Row(1.0, 0.0)
+
+
+def _noise(point: Point) -> Row:
+    return Row(0.0, 1.0)
+
+
+def _score(point: Point) -> Row:
+    return Row(0.0, -1.0, point.sigma)
+
+
+def _velocity(point: Point) -> Row:
+    return Row(point.alpha_dot, point.sigma_dot)
+
+
+def _v(point: Point) -> Row:
+    return Row(-point.sigma, point.alpha)
+
+
 PREDICTIONS: dict[str, Prediction] = {
     p.name: p
     for p in (
-        Prediction("data", lambda p: Row(1.0, 0.0)),
-        Prediction("noise", lambda p: Row(0.0, 1.0)),
-        Prediction("score", lambda p: Row(0.0, -1.0, p.sigma)),
-        Prediction("velocity", lambda p: Row(p.alpha_dot, p.sigma_dot)),
-        Prediction("v", lambda p: Row(-p.sigma, p.alpha)),
+        Prediction("data", _data),
+        Prediction("noise", _noise),
+        Prediction("score", _score),
+        Prediction("velocity", _velocity),
+        Prediction("v", _v),
     )
 }
 

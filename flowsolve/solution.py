@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,3 +93,6 @@ class SolverError(RuntimeError):
             + MENDS.get(Status(int(solution.status[self.samples[0]])), "")
             + "Pass throw=False to get every sample with its status, or read .solution of this error."
         )
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.solution,)  # a pool of processes pickles what its workers raise

@@ -51,7 +51,7 @@ from flowsolve._surroundings import mapped, moving
 from flowsolve.drivers import Ask
 from flowsolve.gradients import nudged, shift
 from flowsolve.kernels import aim, host, rms
-from flowsolve.ode import trajectory
+from flowsolve.ode import check_resolution, trajectory
 from flowsolve.solution import SolverError
 from flowsolve.solvers.adaptive import Adaptive, AdaptiveState, Attempt, Bosh3, Dopri5, Dopri8, Tsit5
 from flowsolve.solvers.base import Query
@@ -222,7 +222,8 @@ def _solved(
             "event_fn is given, but there are no events here; use torchdiffeq.odeint_event (without events, its "
             f"methods are at hand as {BRIDGE})"
         )
-    times, layout, given = _times(t), _Layout(y0), dict(options or {})
+    layout, given = _Layout(y0), dict(options or {})
+    times = _times(t, layout.wide)
     name = "dopri5" if method is None else method
     y = layout.pack(y0)
     ask = layout.asking(func)
@@ -271,7 +272,7 @@ def _solved(
 # --- arguments -------------------------------------------------------------------------------------------------------
 
 
-def _times(t: Any) -> list[float]:
+def _times(t: Any, dtype: torch.dtype) -> list[float]:
     if not isinstance(t, Tensor) or not t.is_floating_point() or t.ndim != 1 or not len(t):
         got = f"a tensor of {t.dtype} and shape {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
         raise TypeError(f"t is {got}; expected a floating-point tensor of times, of shape (T,)")
@@ -281,6 +282,8 @@ def _times(t: Any) -> list[float]:
     steps = [b - a for a, b in pairwise(times)]
     if not all(d > 0 for d in steps) and not all(d < 0 for d in steps):
         raise ValueError(f"t = {times}; expected strictly increasing or decreasing times")
+    if len(times) > 1:
+        check_resolution(times[0], times[-1], dtype)
     return times
 
 
@@ -359,7 +362,7 @@ def _grid(func: Any, y0: State, t: Tensor, times: list[float], options: Mapping[
         return spaced(times[0], times[-1], float(size))
     if constructor is None:
         return times
-    nodes = _times(constructor(func, y0, t.detach()))
+    nodes = _times(constructor(func, y0, t.detach()), torch.float64)
     if (nodes[0], nodes[-1]) != (times[0], times[-1]):
         raise ValueError(
             f"grid_constructor returned nodes from {nodes[0]!r} to {nodes[-1]!r}; expected them to run from t[0] = "
@@ -436,9 +439,9 @@ class _Layout:
         def ask(query: Query, context: Any) -> Tensor:
             time = query.t
             if isinstance(time, Tensor) and moving(time):
-                t = time.reshape(()).to(query.x.device, self.wide)
+                t = time.reshape(()).to(query.x.device, self.dtype)
             else:
-                t = torch.full((), float(time), dtype=self.wide, device=query.x.device)
+                t = torch.full((), float(time), dtype=self.dtype, device=query.x.device)
             slope = func(t, self.unpack(query.x[0].clone()))  # func may write into it; `pack` copies what it returns
             if self.tupled:
                 slope = tuple(slope)

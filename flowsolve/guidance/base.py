@@ -35,7 +35,12 @@ from flowsolve.predictions import Prediction, Row
 
 __all__ = ["STRAIGHT", "Guided", "Interval", "Schedule", "host", "moved", "require_flow", "straight"]
 
-STRAIGHT = Prediction("straight", lambda p: Row(1.0, -1.0))
+
+def _straight(point: Point) -> Row:
+    return Row(1.0, -1.0)
+
+
+STRAIGHT = Prediction("straight", _straight)
 """ẑ − ε̂: the velocity in the straight chart."""
 
 PROBED = tuple(0.5 * i for i in range(-24, 25))
@@ -218,9 +223,17 @@ class Guided(Flow):
         """Raise SingularEstimate unless an estimate exists at flow time t."""
         self.base.require(t, what)
 
-    def check(self, data: Tensor, *, seed: int = 0, slack: float = 1.05, **cond: Any) -> CheckReport:
+    def check(
+        self,
+        data: Tensor,
+        *,
+        seed: int = 0,
+        slack: float = 1.05,
+        cond: Mapping[str, Any] | None = None,
+        **more: Any,
+    ) -> CheckReport:
         """Test the conventions of the flow that is guided; guidance means to move the estimate."""
-        return self.base.check(data, seed=seed, slack=slack, **cond)
+        return self.base.check(data, seed=seed, slack=slack, cond=cond, **more)
 
     def _point(self, x: Tensor, t: float | Tensor) -> Point:
         return self.base._point(x, t)

@@ -35,6 +35,7 @@ from flowsolve.likelihood.trace import Trace
 from flowsolve.noise import START, Noise
 from flowsolve.solvers.base import EstimateSolver, SlopeSolver, Solver
 from flowsolve.solvers.exponential import refuse_chart
+from flowsolve.solvers.names import solver as named
 from flowsolve.streaming import Chunk
 
 __all__ = ["LogProb", "falling", "log_prob", "reading", "sample_log_prob"]
@@ -233,7 +234,9 @@ def reading(
         raise RuntimeError("log_prob differentiates the network, which inference_mode forbids; use no_grad instead")
     for caveat in flow.caveats:
         warnings.warn(caveat, UserWarning, stacklevel=3)
-    method: Any = automatic(nfe) if isinstance(solver, str) and solver == "auto" else solver
+    method: Any = solver
+    if isinstance(solver, str):
+        method = automatic(nfe) if solver == "auto" else named(solver)
     check_solver(method)
     estimator = traces.resolve(trace, probes, verify)
     known = priors.resolve(prior, min(interval))

@@ -60,6 +60,8 @@ def mapped(file: Path, key: str = "", limit: int | None = None) -> Any:
 
 
 def _whole(array: Any) -> Any:
+    if array.dtype.names or array.dtype.kind not in "iufb":
+        raise ValueError(f"it holds {array.dtype}; expected integers")
     if array.ndim < 2:
         raise ValueError(f"its shape is {array.shape}; expected (N, *S), an entry an image")
     return array

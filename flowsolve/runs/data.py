@@ -170,7 +170,13 @@ class Items(Data):
         if hasattr(item, "getbands"):  # of PIL
             pixels = torch.from_numpy(np.array(item))
             return pixels.reshape(*pixels.shape[:2], -1).permute(2, 0, 1)
-        return signed(self.place(item if isinstance(item, Tensor) else torch.from_numpy(np.array(item))))
+        return signed(self.place(item if isinstance(item, Tensor) else torch.from_numpy(_native(np.array(item)))))
+
+
+def _native(array: Any) -> Any:
+    """An array as torch takes it: in this machine's byte order, without unsigned integers wider than a byte."""
+    wide = array.dtype.kind == "u" and array.dtype.itemsize > 1
+    return array.astype(np.int64) if wide else array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 class Stream(Data):

@@ -85,12 +85,12 @@ def resolve(solver: Any, grid: Any, path: Path, nfe: int | None) -> tuple[Any, A
     """A solver and a grid as given, or as chosen where the solver is "auto" or an `Auto`.
 
     Raises:
-        TypeError: another string.
+        ValueError: a name that is not known.
     """
     if isinstance(solver, str):
-        if solver != "auto":
-            raise TypeError(f"solver is {solver!r}; expected a solver such as flowsolve.solvers.Dopri5(), or 'auto'")
-        solver = Auto()
+        from flowsolve.solvers import names  # which knows this module
+
+        solver = names.solver(solver)
     if not isinstance(solver, Auto):
         return solver, grid
     if nfe is None and isinstance(grid, list | tuple):

@@ -3,12 +3,15 @@
     unipc   unipc:order=2   dopri5:rtol=1e-4,atol=1e-4   churn:inner=heun,churn=40
 
 Names are those of the classes, in any case and without punctuation; `+` is `p`, so that dpm-solver++ is `DPMSolverPP`.
-Grids as text are in `flowsolve.grids.names`.
+What k-diffusion and ComfyUI call by another name (`euler_a`, `dpmpp_2m_sde`, …) is understood where it is the same
+step; their defaults are meant, which options may change. Grids as text are in `flowsolve.grids.names`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
 from flowsolve import solvers
@@ -16,7 +19,7 @@ from flowsolve._spelling import known, parsed, plain
 from flowsolve.solvers.auto import Auto
 from flowsolve.solvers.base import Solver
 
-__all__ = ["SOLVERS", "solver"]
+__all__ = ["ALIASES", "SOLVERS", "solver"]
 
 ABSTRACT = ("Solver", "EstimateSolver", "RungeKutta", "Adaptive")
 
@@ -26,6 +29,21 @@ SOLVERS: Mapping[str, Any] = {
     if isinstance(made := getattr(solvers, name), type) and issubclass(made, Solver | Auto) and name not in ABSTRACT
 }
 """Plain name → class."""
+
+ALIASES: Mapping[str, Callable[..., Any]] = {
+    "eulera": solvers.DDPM,
+    "eulerancestral": solvers.DDPM,
+    "dpm2": partial(solvers.DPMSolver, order=2),
+    "dpm2a": partial(solvers.Ancestral, solvers.DPMSolver(2)),
+    "dpm2ancestral": partial(solvers.Ancestral, solvers.DPMSolver(2)),
+    "dpmpp2m": partial(solvers.DPMSolverPP, order=2),
+    "dpmpp2msde": partial(solvers.SDEDPMSolverPP, order=2),
+    "dpmpp2sa": partial(solvers.Ancestral, solvers.DPMSolverPPS(2)),
+    "dpmpp2sancestral": partial(solvers.Ancestral, solvers.DPMSolverPPS(2)),
+    "dpmppsde": partial(solvers.DPMSolverPPS, order=2, eta=1.0),
+    "unipcbh2": partial(solvers.UniPC, rule="bh2"),
+}
+"""Plain name elsewhere → what makes the same solver; tested beside k-diffusion's functions."""
 
 
 def solver(text: str) -> Solver | Auto:
@@ -40,11 +58,15 @@ def solver(text: str) -> Solver | Auto:
         3
     """
     name, options = parsed(text)
-    if plain(name) not in SOLVERS:
+    made = SOLVERS.get(plain(name)) or ALIASES.get(plain(name))
+    if made is None:
+        near = get_close_matches(plain(name), [*SOLVERS, *ALIASES], 1, 0.6)
+        meant = f"; did you mean {near[0]!r}?" if near else ""
         listed = ", ".join(sorted(made.__name__ for made in SOLVERS.values()))
-        raise ValueError(f"solver = {name!r} is not known; expected one of {listed}, with options as in unipc:order=2")
-    made = SOLVERS[plain(name)]
-    known(made, name, options)
+        raise ValueError(
+            f"solver = {name!r} is not known{meant} Expected one of {listed}, with options as in unipc:order=2"
+        )
+    known(made.func if isinstance(made, partial) else made, name, options)
     if isinstance(options.get("inner"), str):
         options["inner"] = solver(options["inner"])
     try:

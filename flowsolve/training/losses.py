@@ -21,12 +21,14 @@ Two targets differ by a factor that depends on $t$ only, so a target is a weight
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from flowsolve._batch import linear, per_sample, state_dtype
+from flowsolve.conditioning import arguments
 from flowsolve.flow import Flow
 from flowsolve.predictions import Prediction, SingularEstimate, resolve
 from flowsolve.training import times
@@ -47,7 +49,8 @@ def cfm_loss(
     weight: Weight | None = None,
     generator: torch.Generator | None = None,
     reduction: Literal["mean", "none"] = "mean",
-    **cond: Any,
+    cond: Mapping[str, Any] | None = None,
+    **more: Any,
 ) -> Tensor:
     """Conditional flow matching: E w ‖u_θ(x_t, t) − (α̇ z + σ̇ ε)‖² per dimension (Lipman et al. 2022).
 
@@ -61,14 +64,17 @@ def cfm_loss(
         generator: what t and ε are drawn from, in this order.
         reduction: "mean" over samples and dimensions, a scalar; or "none": the mean over dimensions, shape
             (B,).
-        **cond: passed to the network.
+        cond: the network's keyword arguments, as in `flowsolve.sample`.
+        **more: more of them.
 
     Raises:
         TypeError: data is not floating.
         ValueError: shapes that do not match, or an unknown reduction.
         SingularEstimate: a given t at which the velocity cannot be told from the prediction.
     """
-    return _regress(flow, data, resolve("velocity"), t, noise, weight, generator, reduction, cond)
+    return _regress(
+        flow, data, resolve("velocity"), t, noise, weight, generator, reduction, arguments(cond, more, len(data))
+    )
 
 
 def dsm_loss(
@@ -81,7 +87,8 @@ def dsm_loss(
     weight: Weight | None = None,
     generator: torch.Generator | None = None,
     reduction: Literal["mean", "none"] = "mean",
-    **cond: Any,
+    cond: Mapping[str, Any] | None = None,
+    **more: Any,
 ) -> Tensor:
     """Denoising regression on any target: E w ‖ô_θ − (a z + b ε)/s‖² per dimension (Vincent 2011).
 
@@ -96,7 +103,8 @@ def dsm_loss(
         weight: as in `cfm_loss`.
         generator: as in `cfm_loss`.
         reduction: as in `cfm_loss`.
-        **cond: passed to the network.
+        cond: the network's keyword arguments, as in `flowsolve.sample`.
+        **more: more of them.
 
     Raises:
         TypeError: data is not floating.
@@ -104,7 +112,7 @@ def dsm_loss(
         SingularEstimate: a given t at which the target does not exist or cannot be told from the prediction.
     """
     row = flow.prediction if target is None else resolve(target)
-    return _regress(flow, data, row, t, noise, weight, generator, reduction, cond)
+    return _regress(flow, data, row, t, noise, weight, generator, reduction, arguments(cond, more, len(data)))
 
 
 def _regress(

@@ -16,6 +16,7 @@ ends and a draw that is exactly 0 or 1 has probability zero.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -57,10 +58,10 @@ def logit_normal(mean: float = 0.0, std: float = 1.0) -> Density:
     """
     if not std > 0:
         raise ValueError(f"std = {std!r}; expected a number > 0")
+    return partial(_logit_normal, mean=mean, std=std)
 
-    def density(n: int, generator: torch.Generator | None = None) -> Tensor:
-        place = generator.device if generator is not None else torch.device("cpu")
-        normal = torch.randn(n, generator=generator, device=place, dtype=torch.float64).cpu()
-        return _open(torch.sigmoid(mean + std * normal))
 
-    return density
+def _logit_normal(n: int, generator: torch.Generator | None = None, *, mean: float, std: float) -> Tensor:
+    place = generator.device if generator is not None else torch.device("cpu")
+    normal = torch.randn(n, generator=generator, device=place, dtype=torch.float64).cpu()
+    return _open(torch.sigmoid(mean + std * normal))

@@ -12,6 +12,7 @@ with $\mathrm{SNR} = \alpha^2/\sigma^2 = e^{2\lambda}$.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
 
@@ -41,8 +42,8 @@ def min_snr(gamma: float = 5.0) -> Weight:
     """
     if not gamma > 0:
         raise ValueError(f"gamma = {gamma!r}; expected a number > 0")
+    return partial(_min_snr, gamma=gamma)
 
-    def weight(point: Point) -> Tensor:
-        return (gamma * (-2.0 * point.log_snr).exp()).clamp_max(1.0)  # type: ignore[no-any-return]
 
-    return weight
+def _min_snr(point: Point, *, gamma: float) -> Tensor:
+    return (gamma * (-2.0 * point.log_snr).exp()).clamp_max(1.0)  # type: ignore[no-any-return]

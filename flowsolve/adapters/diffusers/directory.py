@@ -66,7 +66,12 @@ def _directory(root: Path, said: Mapping[str, Any]) -> Finding:
         if beside.is_file() and not any(k in said for k in ("scheduler", "path")):
             raise ValueError(f"{str(root)!r} is one part of a checkpoint; pass its parent, {str(root.parent)!r}")
         evidence = [f"{root.name}/config.json: {alone['_class_name']}"]
-        return _finding(str(root), root, alone, None, said, evidence, None, [root.name])
+        # Saved by itself, a scheduler's configuration lies beside the network's, in scheduler/, or one folder up.
+        places = (root, root / "scheduler", root.parent)
+        saved = next((f for p in places if (f := p / "scheduler_config.json").is_file()), None)
+        return _finding(
+            str(root), root, alone, None if saved is None else read_json(saved), said, evidence, None, [root.name]
+        )
     if (root / "scheduler_config.json").is_file() and (root.parent / "unet").is_dir():
         raise ValueError(f"{str(root)!r} is one part of a checkpoint; pass its parent, {str(root.parent)!r}")
     index = read_json(root / "model_index.json") if (root / "model_index.json").is_file() else {}
