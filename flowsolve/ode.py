@@ -16,13 +16,14 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from flowsolve import grids
 from flowsolve._arguments import check_gradient, check_solver, state
 from flowsolve._batch import Context, send, state_dtype
 from flowsolve._guard import Guard
+from flowsolve._parameters import modules_of
 from flowsolve._surroundings import eager, mapped, moving, recorded
 from flowsolve.drivers import Ask, march
 from flowsolve.gradients import Backsolve, nudged, parameters_of, shift
@@ -407,10 +408,10 @@ class _Layout:
 
 
 def _fed(f: Callable[[Tensor, Any], Any], y0: Any) -> Callable[[Tensor, Any], Any]:
-    """f, given its own half precision where it or y0 is of one; the state is float32 between the calls."""
-    found = y0.dtype if isinstance(y0, Tensor) else None
-    if isinstance(f, nn.Module) and found not in HALF:
-        found = next((p.dtype for p in f.parameters() if p.dtype.is_floating_point), None)
+    """f, given its network's own half precision, if it has one; the state is float32 between the calls."""
+    if not isinstance(y0, Tensor):
+        return f
+    found = next((p.dtype for m in modules_of(f) for p in m.parameters() if p.dtype.is_floating_point), None)
     return f if found not in HALF else lambda t, y: f(t.to(found), y.to(found))
 
 

@@ -79,7 +79,7 @@ def test_states_without_numbers(solver: str, shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_fields_of_half_precision_are_fed_it(dtype: torch.dtype) -> None:
-    """The state is float32 between the calls, so that only the field rounds: eps of a slope below 1, for a time of 1."""
+    """The state is float32 between the calls, only the field rounds: eps of a slope below 1, in a time of 1."""
     net = nn.Linear(2, 2, bias=False).to(dtype)
     with torch.no_grad():
         net.weight.copy_(-torch.eye(2))
@@ -93,11 +93,11 @@ def test_fields_of_half_precision_are_fed_it(dtype: torch.dtype) -> None:
             assert t.dtype == y.dtype == dtype
             return self.net(y + 0 * t)
 
-    y, bound = torch.ones(3, 2), 2 * torch.finfo(dtype).eps
+    y, field, bound = torch.ones(3, 2), Field(), 2 * torch.finfo(dtype).eps
     runge = {"solver": solvers.RK4(), "nfe": 16}
     for found in (
         fs.solve(Field(), y, 0.0, 1.0, **runge).x,
-        fs.solve(lambda t, v: Field()(t, v), y.to(dtype), 0.0, 1.0, **runge).x,
+        fs.solve(lambda t, v: field(t, v), y.to(dtype), 0.0, 1.0, **runge).x,
         compat.odeint(Field(), y.to(dtype), torch.tensor([0.0, 1.0]), method="dopri5", rtol=1e-2, atol=1e-2)[-1],
     ):
         assert (found.double() - math.exp(-1)).abs().max() < bound + 1e-2
@@ -170,7 +170,7 @@ def test_names_wherever_a_solver_is_taken() -> None:
         lambda: fs.log_prob(flow, x, solver="unipcc", nfe=12),
         lambda: fs.solve(lambda t, y: -y, x, 0.0, 1.0, solver="unipcc"),
     ):
-        with pytest.raises(ValueError, match="did you mean 'unipc'"):
+        with pytest.raises(ValueError, match="Did you mean 'unipc'"):
             call()
 
 

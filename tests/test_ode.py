@@ -126,7 +126,9 @@ def test_trees_that_are_no_state(y0: Any, error: type[Exception], match: str) ->
     "wrong", [lambda t, y: y[0], lambda t, y: (y[0],), lambda t, y: (y[0], y[1][:, :1]), lambda t, y: (y[0], 0.0)]
 )
 def test_right_hand_sides_that_return_another_tree(wrong: Any) -> None:
-    with pytest.raises(ValueError, match=r"returned a tree with .*; expected that of y0, with \[\(2, 3\), \(2, 3\)\]"):
+    with pytest.raises(
+        ValueError, match=r"f\(t, y\) returned .*; expected the structure of y0, \(\(2, 3\), \(2, 3\)\)"
+    ):
         fs.solve(wrong, (torch.ones(2, 3), torch.ones(2, 3)), 0.0, 1.0, solver=Dopri5())
 
 

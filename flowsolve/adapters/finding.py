@@ -169,6 +169,7 @@ class Finding:
         assert self.time is not None
         net = self.network(device, dtype)
         own = None if isinstance(net, nn.Module) else dtype
+        _sound(net)
         return Flow(net, self.path, self.prediction, time=self.time, dtype=own, transform=self.transform)
 
     def _lacks(self) -> str:
@@ -223,3 +224,14 @@ def _named(value: Any) -> str:
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
+
+
+def _sound(net: Any) -> None:
+    """Raise ValueError for weights that are not numbers: a training that diverged, or a file that is damaged."""
+    if isinstance(net, nn.Module):
+        for name, weight in net.named_parameters():
+            if weight.is_floating_point() and not weight.is_meta and bool(weight.detach().isnan().any()):
+                raise ValueError(
+                    f"the weight {name!r} of shape {tuple(weight.shape)} holds NaN, so every sample would; the "
+                    "checkpoint is damaged, or its training had diverged"
+                )

@@ -61,10 +61,10 @@ def solver(text: str) -> Solver | Auto:
     made = SOLVERS.get(plain(name)) or ALIASES.get(plain(name))
     if made is None:
         near = get_close_matches(plain(name), [*SOLVERS, *ALIASES], 1, 0.6)
-        meant = f"; did you mean {near[0]!r}?" if near else ""
+        meant = f". Did you mean {near[0]!r}?" if near else ""
         listed = ", ".join(sorted(made.__name__ for made in SOLVERS.values()))
         raise ValueError(
-            f"solver = {name!r} is not known{meant} Expected one of {listed}, with options as in unipc:order=2"
+            f"solver = {name!r} is not known; expected one of {listed}, with options as in unipc:order=2{meant}"
         )
     known(made.func if isinstance(made, partial) else made, name, options)
     if isinstance(options.get("inner"), str):

@@ -224,3 +224,17 @@ def test_bundled_checkpoints_are_what_they_record(name: str) -> None:
 def test_unknown_bundled_name() -> None:
     with pytest.raises(ValueError, match="digits-ddpm, digits-condot"):
         adapters.bundled("mnist")
+
+
+@pytest.mark.parametrize("place", [".", "scheduler", ".."])
+def test_a_model_s_scheduler_is_read_where_it_lies(tmp_path: Path, place: str) -> None:
+    """Saved by itself, a network's folder may have it beside config.json, below, or one folder up."""
+    diffusers = pytest.importorskip("diffusers")
+    folder = tmp_path / "checkpoint" / "network"
+    sizes = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (8, 8), "norm_num_groups": 4}
+    kinds = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "layers_per_block": 1}
+    diffusers.UNet2DModel(**sizes, **kinds).save_pretrained(folder)
+    diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2").save_pretrained(folder / place)
+    flow = adapters.load(folder)
+    assert isinstance(flow.path, Discrete)
+    assert flow.prediction.name == "noise"

@@ -271,3 +271,11 @@ def test_a_whole_module_needs_trust(tmp_path: Path) -> None:
         adapters.load(tmp_path / "module.pt", **SAID)
     flow = adapters.load(tmp_path / "module.pt", trust_pickle=True, **SAID)
     assert torch.equal(flow.velocity(torch.ones(2, 1), 0.5), torch.full((2, 1), 0.5))
+
+
+def test_weights_that_are_not_numbers_are_named() -> None:
+    net = torch.nn.Linear(2, 2)
+    with torch.no_grad():
+        net.bias[1] = float("nan")
+    with pytest.raises(ValueError, match=r"weight 'net.bias' of shape \(2,\) holds NaN"):
+        fs.adapters.load(net, path=fs.paths.CondOT(), prediction="velocity", format="plain", time="flow")

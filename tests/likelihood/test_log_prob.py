@@ -366,7 +366,7 @@ def test_a_failure_anywhere_along_a_curve_is_noticed(where):
     ("options", "error", "words"),
     [
         ({"solver": solvers.DDPM(), "nfe": 5}, TypeError, "a likelihood is of the ODE: give a Runge–Kutta solver"),
-        ({"solver": "dopri5"}, TypeError, "solver is 'dopri5'; expected a solver such as"),
+        ({"solver": 5}, TypeError, "solver is 5; expected a solver such as"),
         ({"solver": solvers.Dopri5}, TypeError, "pass an instance"),
         ({"solver": solvers.Euler(), "nfe": 5, "repeats": 2}, TypeError, "repeats=2 is for a likelihood along a curve"),
         ({"solver": solvers.RK4()}, ValueError, "give nfe=… or explicit times"),

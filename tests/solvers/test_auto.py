@@ -69,8 +69,8 @@ def test_a_noise_level_chooses_a_stochastic_solver() -> None:
 
 
 def test_another_name_is_refused() -> None:
-    with pytest.raises(TypeError, match="or 'auto'"):
-        fs.sample(problem().flow(CondOT()), shape=(4, 2), solver="dopri5")
+    with pytest.raises(ValueError, match=r"'autoo' is not known.*Did you mean 'auto'"):
+        fs.sample(problem().flow(CondOT()), shape=(4, 2), solver="autoo")
     with pytest.raises(ValueError, match="eta = -1"):
         Auto(eta=-1.0)
 
