@@ -333,7 +333,9 @@ class Along:
         solution = replace(solution, x=sample if self.samples else latent, nfe=solution.nfe * unit(self.flow))
         value = torch.where(solution.ok.to(values.device), values.mean(1), math.nan)
         stderr = self.trace.stderr(values.detach())
-        return LogProb(value, stderr, error.detach().squeeze(1), solution.nfe, latent, sample, solution)
+        return LogProb(
+            value, stderr, error.detach().squeeze(1), solution.nfe, latent, sample, solution, self.trace.count
+        )
 
 
 def _told(step: Step) -> Generator[tuple[Query, bool], Estimate, State]:

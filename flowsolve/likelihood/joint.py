@@ -174,7 +174,7 @@ class Joint:
         value = torch.where(solution.ok.to(values.device), values.mean(1), math.nan)
         unknown = torch.full_like(value.detach(), math.nan)
         stderr = self.trace.stderr(values.detach())
-        return LogProb(value, stderr, unknown, solution.nfe, latent, sample, solution)
+        return LogProb(value, stderr, unknown, solution.nfe, latent, sample, solution, self.trace.count)
 
     def _base(self, latent: Tensor, t: float, tree: Any) -> Tensor:
         """log p at the noise end, (B, 1) or (B, count)."""

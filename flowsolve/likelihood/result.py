@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
 from flowsolve.solution import Solution
 
-__all__ = ["LogProb", "one_shape"]
+__all__ = ["LogProb", "one_shape", "student"]
 
 RESOLUTION = 0.01
 """Bits per dimension to which published likelihoods are compared."""
@@ -29,6 +30,7 @@ class LogProb:
         latent: the state at the noise end, shape (B, *S).
         x: the state at the data end, shape (B, *S).
         solution: how the solve went; its x is the state that the solve arrived at.
+        estimates: of the trace, whose spread is stderr: one a probe for Hutchinson's.
     """
 
     log_prob: Tensor
@@ -38,6 +40,22 @@ class LogProb:
     latent: Tensor
     x: Tensor
     solution: Solution
+    estimates: int = 1
+
+    def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
+        """The ends of a confidence interval for log_prob over the draws of the probes, nats, two of shape (B,).
+
+        log_prob ± q · stderr, with q of Student's t for as many degrees of freedom as there are estimates less one (two
+        probes have one, where 1 × stderr covers half, not two thirds). NaN from a single estimate; the solver's `error`
+        is no part of it.
+
+        Args:
+            level: the probability that it covers, within (0, 1).
+        """
+        if not 0.0 < level < 1.0:
+            raise ValueError(f"level = {level!r}; expected a probability between 0 and 1, such as 0.95")
+        half = self.stderr * (student(level, self.estimates - 1) if self.estimates > 1 else 1.0)
+        return self.log_prob - half, self.log_prob + half
 
     @property
     def converged(self) -> Tensor:
@@ -48,6 +66,20 @@ class LogProb:
         """
         size = max(1, math.prod(self.x.shape[1:]))
         return ~(self.error > RESOLUTION * size * math.log(2.0))
+
+
+def student(level: float, freedom: int) -> float:
+    """q with P(|T| ≤ q) = level for Student's t: with T = √ν tan θ its density is proportional to cos^{ν−1} θ."""
+    x, w = np.polynomial.legendre.leggauss(64)
+
+    def within(theta: float) -> float:
+        return float(0.5 * theta * (w @ np.cos(0.5 * theta * (x + 1.0)) ** (freedom - 1)))
+
+    low, high, whole = 0.0, 0.5 * math.pi, within(0.5 * math.pi)
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if within(middle) < level * whole else (low, middle)
+    return math.sqrt(freedom) * math.tan(low)
 
 
 def one_shape(x: Tensor, known: tuple[int, ...]) -> tuple[int, ...]:

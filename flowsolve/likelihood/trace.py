@@ -230,7 +230,7 @@ class HutchPP(Trace):
         sketch, tests = _given(probes).split(self.count)
         basis = torch.linalg.qr(_columns(product(sketch)))[0]
         g = _columns(tests)
-        g = g - basis @ (basis.mT @ g)
+        g = g - _times(basis, _times(basis.mT, g))
         vectors = torch.cat((basis, g), 2)
         found = _columns(product(_vectors(vectors, x)))
         each = (vectors * found).sum(1)
@@ -264,7 +264,7 @@ class XTrace(Trace):
             raise ValueError(f"xtrace with {self.probes} products on {omega.shape[1]} numbers; use trace='exact'")
         q, r = torch.linalg.qr(_columns(product(_vectors(omega, x))))
         z = _columns(product(_vectors(q, x)))
-        h, w = q.mT @ z, q.mT @ omega
+        h, w = _times(q.mT, z), _times(q.mT, omega)
         away = _inverse(r).mT  # column i is orthogonal to all columns of r but the i-th
         s = away / away.norm(dim=1, keepdim=True)
         inner = w - s * (s * w).sum(1, keepdim=True)
@@ -272,8 +272,8 @@ class XTrace(Trace):
         def form(a: Tensor, b: Tensor) -> Tensor:
             return (a * b).sum(1)
 
-        inside = h.diagonal(dim1=1, dim2=2).sum(1, keepdim=True) - form(s, h @ s)
-        left = form(w - inner, r) - form(omega, z @ inner) + form(inner, h @ inner)
+        inside = h.diagonal(dim1=1, dim2=2).sum(1, keepdim=True) - form(s, _times(h, s))
+        left = form(w - inner, r) - form(omega, _times(z, inner)) + form(inner, _times(h, inner))
         width = _size(form(omega, omega) - form(inner, inner))
         found: Tensor = inside + (omega.shape[1] - omega.shape[2] + 1) * left / width
         return found
@@ -283,6 +283,12 @@ def _require_gaussian(estimator: Trace) -> None:
     """Raise ValueError for signs, whose directions are not uniform once some are projected out."""
     if estimator.kind != "gaussian":
         raise ValueError(f"kind = {estimator.kind!r}; {type(estimator).__name__} needs kind='gaussian'")
+
+
+def _times(a: Tensor, b: Tensor) -> Tensor:
+    """A matrix product that rounds as the state does, whatever autocast or TF32 make of those around it."""
+    with torch.autocast(a.device.type, enabled=False):
+        return (a.double() @ b.double()).to(a.dtype) if a.is_cuda else a @ b
 
 
 def _size(square: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import flowsolve as fs
+from flowsolve.likelihood.result import student
 from flowsolve.likelihood.trace import Exact, Hutchinson, HutchPP, Trace, XTrace, resolve
 from flowsolve.noise import Noise
 
@@ -381,3 +382,58 @@ def test_names_and_objects_are_the_same_estimators():
     assert resolve("hutch++", 9) == HutchPP(9)
     assert resolve("xtrace", 4) == XTrace(4)
     assert isinstance(resolve("xtrace"), Trace)
+
+
+@pytest.mark.parametrize("solver", ["auto", "rk4"])
+@pytest.mark.parametrize("trace", ["exact", "hutchinson", "hutch++", "xtrace"])
+@pytest.mark.parametrize("count", [1, 4])
+def test_autocast_reaches_the_network_alone(count: int, trace: str, solver: str) -> None:
+    """Within autocast the result is, to the bit, that of a network which has autocast around itself."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.SiLU(), torch.nn.Linear(64, 8))
+
+    def inside(x, t):
+        with torch.autocast("cpu", torch.bfloat16):
+            return net(x).float()
+
+    options = {"solver": solver, "trace": trace, "nfe": 24}
+    x = torch.randn(count, 8)
+    right = fs.log_prob(fs.Flow(inside, fs.paths.CondOT()), x, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = fs.log_prob(fs.Flow(lambda x, t: net(x).float(), fs.paths.CondOT()), x, **options)
+    assert torch.equal(found.log_prob, right.log_prob)
+    assert torch.equal(
+        found.error,
+        right.error,
+    ) or bool(found.error.isnan().all())
+
+
+def test_quantiles_of_student() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    for freedom in (1, 2, 3, 7, 30, 200):
+        for level in (0.5, 0.6827, 0.95, 0.99):
+            right = stats.t.ppf(0.5 + 0.5 * level, freedom)
+            assert student(level, freedom) == pytest.approx(right, rel=1e-9)
+
+
+@pytest.mark.parametrize("level", [0.6827, 0.95])
+@pytest.mark.parametrize("probes", [2, 4, 8])
+def test_intervals_cover(probes: int, level: float) -> None:
+    """Of 512 Gaussian probes' means around the exact density, as many as they say, within three binomial errors.
+
+    Gaussian probes in 64 dimensions, whose estimates are nearly normal.
+    """
+    torch.manual_seed(0)
+    weight = torch.randn(64, 64, dtype=torch.float64) / 8.0
+    flow = fs.Flow(lambda x, t: -x + 0.3 * (x @ weight).sin(), fs.paths.CondOT())
+    x = torch.randn(512, 64, dtype=torch.float64)
+    kind = fs.likelihood.Hutchinson(probes, kind="gaussian")
+    out = fs.log_prob(flow, x, solver="rk4", nfe=16, trace=kind)
+    truth = fs.log_prob(flow, x, solver="rk4", nfe=16, trace="exact").log_prob
+    low, high = out.interval(level)
+    covered = float(((low <= truth) & (truth <= high)).double().mean())
+    assert abs(covered - level) < 3.0 * math.sqrt(level * (1.0 - level) / len(x)) + 0.01  # not quite normal
+    single = fs.log_prob(flow, x[:2], solver="rk4", nfe=16)
+    assert all(bool(end.isnan().all()) for end in single.interval())
+    with pytest.raises(ValueError, match=r"level = 95"):
+        single.interval(95)
