@@ -39,7 +39,7 @@ class Flow:
     Args:
         net: any callable net(x, t, **cond) that takes x of shape (B, *S) and t of shape (B,) and returns (B, *S).
         path: the Gaussian path it was trained on.
-        prediction: what it outputs: "velocity", "noise", "score", "data", "v", or a `Prediction`.
+        prediction: what it outputs: "velocity", "noise", "score", "data", "v", "flow" (−velocity), or a `Prediction`.
         time: the clock it reads: "flow", "native" (`path.native_time`), or a function from flow time (a float or a
             tensor of shape (B,)) to the network's time.
         dtype: the floating dtype it is fed; by default that of its first parameter, or of x if it has none. Time is

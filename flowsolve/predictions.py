@@ -14,6 +14,7 @@ so a *prediction* is the row $(a, b)$ with its scale $w$:
 | `score` | $0$ | $-1$ | $\sigma$ | Song et al. 2021: $\nabla\log p_t = -\hat\varepsilon/\sigma$ |
 | `velocity` | $\dot\alpha$ | $\dot\sigma$ | $1$ | Lipman et al. 2022 |
 | `v` | $-\sigma$ | $\alpha$ | $1$ | Salimans & Ho 2022 |
+| `flow` | $-\dot\alpha$ | $-\dot\sigma$ | $1$ | the velocity towards the noise, as SD 3 and FLUX predict it |
 
 Two rows, $(\alpha, \sigma)$ for $x$ and $(a, b)$ for $o$, determine $(\hat z, \hat\varepsilon)$, and with them *every*
 combination $c\,\hat z + d\,\hat\varepsilon$, by one 2×2 solve (Cramer's rule):
@@ -40,7 +41,7 @@ from torch import Tensor
 from flowsolve._batch import linear
 from flowsolve.paths import Point
 
-__all__ = ["PREDICTIONS", "Estimate", "Prediction", "Row", "SingularEstimate", "resolve"]
+__all__ = ["FLOW", "PREDICTIONS", "Estimate", "Prediction", "Row", "SingularEstimate", "resolve"]
 
 
 class SingularEstimate(ValueError):
@@ -93,6 +94,10 @@ def _v(point: Point) -> Row:
     return Row(-point.sigma, point.alpha)
 
 
+def _flow(point: Point) -> Row:
+    return Row(-point.alpha_dot, -point.sigma_dot)
+
+
 PREDICTIONS: dict[str, Prediction] = {
     p.name: p
     for p in (
@@ -105,14 +110,20 @@ PREDICTIONS: dict[str, Prediction] = {
 }
 
 
+FLOW = Prediction("flow", _flow)
+"""The velocity towards the noise, −u, as diffusers' flow-matching models (SD 3, FLUX) predict it."""
+
+
 def resolve(prediction: str | Prediction) -> Prediction:
     """A prediction by its name, or itself."""
     if isinstance(prediction, Prediction):
         return prediction
+    if prediction == FLOW.name:
+        return FLOW
     try:
         return PREDICTIONS[prediction]
     except (KeyError, TypeError):
-        names = ", ".join(PREDICTIONS)
+        names = ", ".join((*PREDICTIONS, FLOW.name))
         raise ValueError(
             f"prediction = {prediction!r} is not known; expected one of {names}, or a Prediction of your own "
             "(diffusers' 'epsilon' is 'noise', 'sample' is 'data', 'v_prediction' is 'v')"

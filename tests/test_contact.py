@@ -189,3 +189,16 @@ def test_arrays_of_no_numbers_are_named(tmp_path: Path, dtype: Any) -> None:
     np.save(tmp_path / "images.npy", np.zeros((3, 1, 2, 2), dtype=dtype))
     with pytest.raises(ValueError, match=r"images\.npy cannot be read as an array: it holds .*; expected integers"):
         runs.nll(fs.Flow(lambda x, t: -x, PATH), tmp_path / "images.npy", tmp_path / "out", nfe=12)
+
+
+def test_the_name_that_a_flow_prints_is_one_that_it_takes() -> None:
+    """−u, the velocity towards the noise, is what SD 3 and FLUX predict, and what loading them prints as `flow`."""
+    x = torch.randn(3, 2)
+    towards_noise = fs.Flow(lambda x, t: x.sin(), PATH, "flow")
+    towards_data = fs.Flow(lambda x, t: -x.sin(), PATH, "velocity")
+    assert "prediction='flow'" in repr(towards_noise)
+    torch.testing.assert_close(towards_noise.velocity(x, 0.3), towards_data.velocity(x, 0.3))
+    flow = fs.Flow(Timed(), PATH, "flow")
+    assert torch.equal(again(flow).velocity(x, 0.3), flow.velocity(x, 0.3))
+    with pytest.raises(ValueError, match="expected one of data, noise, score, velocity, v, flow"):
+        fs.Flow(lambda x, t: x, PATH, "epsilon")

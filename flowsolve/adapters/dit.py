@@ -17,6 +17,7 @@ times 0.18215.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from torch import nn
 from flowsolve.adapters.files import Source
 from flowsolve.adapters.finding import Finding
 from flowsolve.adapters.networks import FirstHalf, count, filled, place
-from flowsolve.paths import VP, CondOT, Discrete, Path, Trig
+from flowsolve.paths import VP, CondOT, Discrete, Path, Point, Trig
 from flowsolve.predictions import PREDICTIONS, Prediction, Row, resolve
 from flowsolve.transforms import Latent
 
@@ -127,5 +128,9 @@ def _sit(
     if prediction is not None and prediction.name == "velocity":
         # their velocity is per unit of 1 − τ, ours per unit of flow time, which leaves out τ < tau_min
         rate = 1.0 - vp.tau_min
-        prediction = Prediction("velocity", lambda p: Row(p.alpha_dot, p.sigma_dot, rate))
+        prediction = Prediction("velocity", partial(_scaled, rate=rate))
     return path, prediction, lambda t: 1.0 - vp.native_time(t), "1 − τ", missing
+
+
+def _scaled(point: Point, rate: float) -> Row:
+    return Row(point.alpha_dot, point.sigma_dot, rate)

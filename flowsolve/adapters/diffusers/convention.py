@@ -40,7 +40,7 @@ from flowsolve.adapters.diffusers.tables import alphas_cumprod, table_size
 from flowsolve.adapters.networks import Preconditioned, Preconditioning, preconditioned
 from flowsolve.flow import Flow
 from flowsolve.paths import EDM, VE, VP, CondOT, Discrete, Path, Trig
-from flowsolve.predictions import PREDICTIONS, Prediction, Row
+from flowsolve.predictions import FLOW, PREDICTIONS, Prediction
 
 __all__ = [
     "DISTILLED",
@@ -53,8 +53,6 @@ __all__ = [
     "convention",
 ]
 
-FLOW = Prediction("flow", lambda p: Row(-p.alpha_dot, -p.sigma_dot))
-"""ε − z on the straight path: the velocity towards the noise, as diffusers' flow models predict it."""
 
 FLOW_SCHEDULERS = (
     "FlowMatchEulerDiscreteScheduler",
