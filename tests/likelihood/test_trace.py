@@ -402,10 +402,7 @@ def test_autocast_reaches_the_network_alone(count: int, trace: str, solver: str)
     with torch.autocast("cpu", torch.bfloat16):
         found = fs.log_prob(fs.Flow(lambda x, t: net(x).float(), fs.paths.CondOT()), x, **options)
     assert torch.equal(found.log_prob, right.log_prob)
-    assert torch.equal(
-        found.error,
-        right.error,
-    ) or bool(found.error.isnan().all())
+    assert torch.equal(found.error, right.error) or bool(found.error.isnan().all())  # of Runge–Kutta solvers
 
 
 def test_quantiles_of_student() -> None:
