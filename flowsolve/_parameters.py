@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import types
 from collections.abc import Iterable, Iterator
@@ -44,7 +45,7 @@ def parameters_of(functions: Iterable[Any], slopes: Iterable[Tensor]) -> list[Te
 
 
 def modules_of(f: Any, depth: int = 3) -> list[nn.Module]:
-    """Modules that a callable surely calls: those it is, wraps or closes over."""
+    """Modules that a callable surely calls: those it is, wraps, closes over, or reads by their global names."""
     if isinstance(f, nn.Module):
         return [f]
     if depth == 0:
@@ -56,6 +57,8 @@ def modules_of(f: Any, depth: int = 3) -> list[nn.Module]:
         for cell in f.__closure__ or ():
             with suppress(ValueError):  # not yet assigned
                 inner.append(cell.cell_contents)
+        named = {i.argval for i in dis.get_instructions(f.__code__) if i.opname == "LOAD_GLOBAL"}
+        inner += [v for name in named if isinstance(v := f.__globals__.get(name), nn.Module)]
     return [m for v in inner if v is not None for m in modules_of(v, depth - 1)]
 
 

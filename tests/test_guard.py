@@ -323,6 +323,17 @@ def test_training_mode_is_noticed_at_every_entry(entry: Any) -> None:
         entry(fs.Flow(lambda x, t: net(x), fs.paths.CondOT()))
 
 
+LEFT = {"dropout": RANDOM["functional dropout"](), "mixing": nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))}
+DROPPING, MIXING = LEFT["dropout"], LEFT["mixing"]
+
+
+@pytest.mark.parametrize("net", [lambda x, t: DROPPING(x), lambda x, t: MIXING(x)], ids=LEFT)
+def test_training_mode_is_noticed_in_a_network_that_is_a_global(net: Any) -> None:
+    """As a script or a notebook has it."""
+    with pytest.raises(ValueError, match="training mode"):
+        fs.sample(fs.Flow(net, fs.paths.CondOT()), (3, 2), nfe=8)
+
+
 @pytest.mark.parametrize("tree", [False, True])
 def test_training_mode_is_noticed_in_an_ode_of_one_s_own(tree: bool) -> None:
     net = RANDOM["functional dropout"]()

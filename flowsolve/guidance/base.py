@@ -223,17 +223,9 @@ class Guided(Flow):
         """Raise SingularEstimate unless an estimate exists at flow time t."""
         self.base.require(t, what)
 
-    def check(
-        self,
-        data: Tensor,
-        *,
-        seed: int = 0,
-        slack: float = 1.05,
-        cond: Mapping[str, Any] | None = None,
-        **more: Any,
-    ) -> CheckReport:
-        """Test the conventions of the flow that is guided; guidance means to move the estimate."""
-        return self.base.check(data, seed=seed, slack=slack, cond=cond, **more)
+    def check(self, data: Tensor, **options: Any) -> CheckReport:
+        """Test the conventions of the flow that is guided, by its arguments; guidance means to move the estimate."""
+        return self.base.check(data, **options)
 
     def _point(self, x: Tensor, t: float | Tensor) -> Point:
         return self.base._point(x, t)

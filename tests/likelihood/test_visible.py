@@ -144,3 +144,19 @@ def test_a_network_that_takes_whole_batches_only_is_looked_at_as_a_whole() -> No
     fs.log_prob(fs.Flow(whole, fs.paths.CondOT()), torch.randn(5, 4), nfe=16)
     with pytest.raises(Hidden):
         fs.log_prob(fs.Flow(half, fs.paths.CondOT()), torch.randn(5, 4), nfe=16)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["digits-ddpm", "digits-condot"])
+def test_trained_networks(name: str, dtype: torch.dtype | None) -> None:
+    """As they are, in half precision too, they pass; half hidden they do not."""
+    pytest.importorskip("diffusers")
+    flow, x = fs.adapters.load(fs.adapters.bundled(name), dtype=dtype), torch.randn(1, 1, 8, 8)
+    common: dict[str, Any] = {"solver": "euler", "nfe": 2, "interval": (0.9, 0.1)}
+    fs.log_prob(flow, x, **common)
+
+    def half(x: Tensor, t: Tensor) -> Tensor:
+        return 0.5 * flow.net(x, t) + 0.5 * flow.net(x.detach(), t)
+
+    with pytest.raises(Hidden):
+        fs.log_prob(fs.Flow(half, flow.path, flow.prediction, time=flow.clock, dtype=flow.dtype), x, **common)
