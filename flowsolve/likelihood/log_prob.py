@@ -86,7 +86,7 @@ def log_prob(
             (`flowsolve.likelihood.prior`), or a function (B, *S) → (B,).
         repeats: along a curve: how many of nfe are second looks; by default up to 3.
         tolerance: with an adaptive solver: the absolute tolerance of log p in nats, instead of its atol.
-        verify: compare a product with the Jacobian with a difference of outputs, once, on one sample (5 to 13 passes of
+        verify: compare a product with the Jacobian with a difference of outputs, once, on one sample (5 or 9 passes of
             it beside nfe), and refuse a network of which autograd sees only a part.
         cond: the network's keyword arguments, tensors or what it takes as it is. A tensor whose first dimension is B
             has a row a sample, any other is shared by all; see `flowsolve.shared` and `flowsolve.per_sample`.

@@ -11,11 +11,13 @@ cancel by chance: the quotient of the two is 1, and ½ where half of the slope i
 
 What differences are worth is told by two of them, $\rho = \|d_h - d_{h'}\|/\|d_h\|$: the roundings of the network at
 small h, its curvature and kinks at large. They are made with h of a hundredth and a thousandth of the state's size;
-where these disagree (ρ > 0.1: half precision, steps of a rounded network), with ten times that, then with a third and a tenth. A disagreement
+where these disagree (ρ > 0.1: half precision, steps of a rounded network), with a third and a tenth. A disagreement
 beyond 0.02 + 3ρ is an error, and where no pair agrees nothing is said. So networks that are merely not smooth pass.
 
-The check costs five evaluations of one sample, up to thirteen where larger differences are needed; they are not part of
-NFE. Of two trained networks in half precision it could not tell in one case of ten, in float32 in none.
+The check costs five evaluations of one sample, nine where the larger differences are needed; they are not part of NFE.
+Of two trained networks with half of each hidden it found all in float32 (40 tries), and half in half precision, where
+the others were too rough to tell (36 of 80 found); with a pair of steps between the two it found more there, and
+refused sound networks too.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from flowsolve.streaming import Chunk
 
 __all__ = ["Hidden", "verify"]
 
-PAIRS = ((1e-2, 1e-3), (0.1, 0.03), (0.3, 0.1))
+PAIRS = ((1e-2, 1e-3), (0.3, 0.1))
 LOOSE, LEAST = 0.1, 0.02
 
 

@@ -159,6 +159,6 @@ def test_trained_networks(name: str, dtype: torch.dtype | None) -> None:
         return 0.5 * flow.net(x, t) + 0.5 * flow.net(x.detach(), t)
 
     if dtype is not None:
-        return  # too rough to tell in one case of ten
+        return  # some cases are too rough to tell
     with pytest.raises(Hidden):
         fs.log_prob(fs.Flow(half, flow.path, flow.prediction, time=flow.clock, dtype=flow.dtype), x, **common)
