@@ -4,14 +4,16 @@ r"""Train the networks of natural images that the benchmarks judge by, with the 
 
 | directory | path | prediction | condition |
 |---|---|---|---|
-| `networks/patches-ddpm` | DDPM's table of 1,000 (linear β) | ε | the photograph (0 … 5), or none (6); dropped in 15 % |
+| `networks/patches-ddpm` | DDPM's table of 1,000 (linear β) | v | the photograph (0 … 5), or none (6, in 15 %) |
 | `networks/patches-edm` | EDM, σ from 80 to 0.002 | EDM's preconditioned output, σ_data = 0.5 | none |
 
-Each is a UNet2DModel of diffusers on patches of 32 × 32 of photographs (`flowsolve.problems.patches`): small and briefly
-trained, fit to compare solvers on, not to compare models. Losses are plain regressions of the network's raw output:
-of ε at uniform times (Ho et al. 2020), and of EDM's F at log σ ~ N(−1.2, 1.2²) (Karras et al. 2022). Weights are stored
-in float16. What made a network lies beside it in training.json. The time that training may take decides the number of
-steps, measured before it begins and written down: with `--steps` the run is repeated.
+Each is a UNet2DModel of diffusers on patches of 32 × 32 of photographs (`flowsolve.problems.patches`): small and
+briefly trained, fit to compare solvers on, not to compare models. Losses are plain regressions of the network's raw
+output: of v at uniform times (Salimans & Ho 2022), and of EDM's F at log σ ~ N(−1.2, 1.2²) (Karras et al. 2022). (An ε
+network so briefly trained is off by more than the data where there is almost only noise: its samples had the wrong
+colours, and twice the data's standard deviation.) Weights are stored in float16. What made a network lies beside it in
+training.json. The time that training may take decides the number of steps, measured before it begins and written down:
+with `--steps` the run is repeated.
 """
 
 from __future__ import annotations
@@ -50,7 +52,9 @@ class Kind:
 
 
 KINDS = {
-    "patches-ddpm": Kind("DDPMScheduler", {"clip_sample": False}, "DDPMPipeline", True),
+    "patches-ddpm": Kind(
+        "DDPMScheduler", {"clip_sample": False, "prediction_type": "v_prediction"}, "DDPMPipeline", True
+    ),
     "patches-edm": Kind("EDMEulerScheduler", {"sigma_data": 0.5}, "DiffusionPipeline", False),
 }
 

@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 MARK = "_per_sample"  # the keyword under which a batch's conditioning says which of its leaves have a row a sample
+WIDE = {torch.float32: torch.float32, torch.float64: torch.float64}  # what need not be looked up each time
 TINY = 2.2250738585072014e-308  # the smallest normal float64; log-SNRs saturate at ±log(TINY) = ±708.4
 
 
@@ -80,7 +81,7 @@ def rows(x: Tensor) -> Tensor:
 
 def state_dtype(x: Tensor) -> torch.dtype:
     """The dtype a state is integrated in: its own, but float32 at least."""
-    return torch.promote_types(x.dtype, torch.float32)
+    return WIDE.get(x.dtype) or torch.promote_types(x.dtype, torch.float32)
 
 
 def take(x: Tensor, index: NDArray[np.int64]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from hashlib import blake2b
 from itertools import pairwise
 from typing import Any
@@ -18,7 +19,8 @@ from flowsolve._surroundings import plain
 from flowsolve.capture import captured, require_cuda
 from flowsolve.charts import Chart
 from flowsolve.drivers import Ask, march, stepped
-from flowsolve.flow import Flow
+from flowsolve.estimating import Estimator
+from flowsolve.flow import Flow, clocked
 from flowsolve.grids import Closing, Final
 from flowsolve.noise import Noise
 from flowsolve.ode import trajectory
@@ -38,25 +40,11 @@ from flowsolve.solvers.base import (
     Stepper,
     inverse,
     scaled,
-    slope_in,
 )
+from flowsolve.solvers.runge_kutta import RungeKutta
 from flowsolve.streaming import Chunk
 
-__all__ = ["Passage", "estimator"]
-
-
-def estimator(flow: Flow) -> Ask:
-    """The function that answers a query for the estimate at (x, t), by one call of the network."""
-    counted = varies(flow)
-
-    def answer(query: Query, context: Any) -> Any:
-        if counted:
-            query.cost = flow.cost(query.t)
-        if query.point is None:
-            return flow.estimate(query.x, query.t, **context["cond"])
-        return flow.read(query.x, flow.call(query.x, query.t, **context["cond"]), query.point)
-
-    return answer
+__all__ = ["Passage"]
 
 
 def to_the_end(path: Path, end: float) -> Closing:
@@ -101,7 +89,7 @@ class Passage:
         self.flow, self.solver, self.seed, self.noise, self.gradient = flow, solver, seed, noise, gradient
         self.capture = capture
         self.chart = None if chart is None else charts.resolve(chart)
-        self.estimate: Any = estimator(flow)
+        self.estimate: Any = Estimator(flow)
         path, (start, end) = flow.path, interval
         if isinstance(solver, Foreign | ForeignSDE) and varies(flow) and nfe is not None:
             raise ValueError(
@@ -178,8 +166,7 @@ class Passage:
     def ode(self) -> tuple[float, float, Ask, int | Metered | None]:
         """The flow as an ODE in the chart: start, end, right-hand side and budget."""
         path, ruler = self.flow.path, self.ruler
-        ask = slope_in(ruler, path, self.estimate)
-        return ruler.clock(path, self.start), ruler.clock(path, self.last), ask, self.budget
+        return ruler.clock(path, self.start), ruler.clock(path, self.last), self.estimate.slopes(ruler), self.budget
 
     def run(self, y: Tensor, context: Context, progress: bool) -> Solution:
         """The solve of a whole batch."""
@@ -233,14 +220,30 @@ class Passage:
                 )
             )  # fmt: skip
 
-        _, solution = march(
-            stepped(self.stepper(), left), begin, left, self.estimate, context.tree, segments=mode == "checkpoint",
-            start=left[0][0] if left else self.last, observer=show if self.callback or self.stops else None,
-            progress=progress,
-        )  # fmt: skip
+        with clocked(self.flow, self.asked, y):
+            _, solution = march(
+                stepped(self.stepper(), left), begin, left, self.estimate, context.tree, segments=mode == "checkpoint",
+                start=left[0][0] if left else self.last, observer=show if self.callback or self.stops else None,
+                progress=progress,
+            )  # fmt: skip
         if self.stops:
             solution = self._seen(solution, [seen[t] for t in self.stops])
         return replace(solution, nfe=solution.nfe + spent, accepted=solution.accepted + made)
+
+    @cached_property
+    def asked(self) -> list[float]:
+        """The flow times at which a solve on the grid asks, as far as they are known beforehand."""
+        if isinstance(self.solver, RungeKutta):
+            path, ruler, solver = self.flow.path, self._ruler(self.solver), self.solver
+
+            def stages() -> list[float]:
+                clock = [(ruler.clock(path, a), ruler.clock(path, b), n) for a, b, n in self.grid]
+                return [ruler.time(path, s) for s in solver.times(clock)]
+
+            found: list[float] = path.remembered((solver, ruler, *self.grid), stages)
+            return found
+        ends = [b for _, b, n in self.grid if self.solver.asks_at_end(n)]
+        return [*(a for a, _, _ in self.grid), *ends]
 
     def _stops(self, t_eval: Sequence[float]) -> list[float]:
         """Times to keep the state at, up to where the solver stops."""

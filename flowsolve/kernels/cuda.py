@@ -22,7 +22,7 @@ maxima: among magnitudes, the order of floats is that of their bits as integers,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 from operator import or_
@@ -37,7 +37,7 @@ from torch import Tensor
 
 from flowsolve.kernels.twin import largest
 
-__all__ = ["advance", "error_norm", "merge", "plan", "probe"]
+__all__ = ["advance", "combination", "error_norm", "launch", "merge", "plan", "probe"]
 
 Vector = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -167,10 +167,11 @@ def _advance(  # type: ignore[no-untyped-def]
     w8: tl.int64, w9: tl.int64, w10: tl.int64, w11: tl.int64, w12: tl.int64, w13: tl.int64, w14: tl.int64,
     w15: tl.int64,
     steps: tl.int64, width: tl.int64, rows: tl.int64, blocks: tl.int64,
-    M: tl.constexpr, COLUMNS: tl.constexpr, KIND: tl.constexpr, R: tl.constexpr, C: tl.constexpr, ALIGNED: tl.constexpr,
+    M: tl.constexpr, COLUMNS: tl.constexpr, KIND: tl.constexpr, BASE: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     row, offset, column, exists = _tile(width, rows, blocks, R, C, ALIGNED)
-    base = tl.load(_at(y, KIND, ALIGNED) + offset + column, mask=exists, other=0.0)
+    base = tl.load(_at(y, KIND, ALIGNED) + offset + column, mask=exists, other=0.0) if BASE else tl.zeros([R, C], KIND)
     total = _increment(
         base,
         k0, k1, k2, k3, k4, k5, k6, k7, k8, k9, k10, k11, k12, k13, k14, k15,
@@ -254,6 +255,9 @@ def _merge(  # type: ignore[no-untyped-def]
 
 
 INTERPRETED = not isinstance(_advance, triton.JITFunction)  # TRITON_INTERPRET=1: on tensors of the CPU
+# Earlier versions take their constants another way.
+DIRECT = not INTERPRETED and tuple(int(v) for v in triton.__version__.split(".")[:2]) >= (3, 3)
+_compiled: dict[Any, Any] = {}
 
 
 def plan(y: Tensor) -> Plan:
@@ -269,8 +273,21 @@ def advance(y: Tensor, plan: Plan, h: Vector, stages: Indices, weights: Vector) 
     addresses = (out.data_ptr(), plan[STATE], *slopes)
     with _on(y.device):
         _launch(
-            _advance, rows, width, (*addresses, *numbers), len(stages), columns, KINDS[y.dtype],
+            _advance, rows, width, (*addresses, *numbers), len(stages), columns, KINDS[y.dtype], True,
             aligned=_aligned(width, *addresses), warps=WARPS[y.dtype],
+        )  # fmt: skip
+    return out
+
+
+def combination(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
+    """Σ_j w_j v_j; see `flowsolve.kernels.combination`."""
+    like, spare = tensors[0], VACANT[len(tensors) :]
+    out, places = torch.empty_like(like), [v.data_ptr() for v in tensors]
+    addresses, size = (out.data_ptr(), places[0], *places, *[places[0]] * len(spare)), like.numel()
+    with _on(like.device):
+        _launch(
+            _advance, 1, size, (*addresses, *_bits(weights), *spare, 0), len(tensors), 0, KINDS[like.dtype], False,
+            aligned=_aligned(size, *addresses), warps=WARPS[like.dtype],
         )  # fmt: skip
     return out
 
@@ -299,7 +316,8 @@ def error_norm(
         if blocks == 1:
             return parts
         out = y.new_empty(rows)
-        _gather[(rows,)](out.data_ptr(), parts.data_ptr(), width, blocks, TILE, kind, maximum, enable_fp_fusion=True)
+        arguments, constants = (out.data_ptr(), parts.data_ptr(), width, blocks), (TILE, kind, maximum)
+        launch(_gather, rows, arguments, constants, num_warps=4, enable_fp_fusion=True)
     return out
 
 
@@ -319,10 +337,13 @@ def probe() -> None:
     step, h = plan(y), np.array([1.0, 2.0])
     step[FIRST] = y.data_ptr()
     first, one = np.zeros(1, dtype=np.int64), np.ones((1, 1))
-    ahead = merge(np.array([True, False]), advance(y, step, h, first, one), y)
-    found = error_norm(y, step, h, first, one, ahead, 0.0, 1.0, largest).tolist()
-    if not np.allclose(found, [0.5, 2.0]):
-        raise RuntimeError(f"the relative size of two small steps came to {found} on {y.device}; expected [0.5, 2.0]")
+    for _ in range(2):  # compiled and launched, then launched directly
+        ahead = merge(np.array([True, False]), advance(y, step, h, first, one), y)
+        found = error_norm(y, step, h, first, one, ahead, 0.0, 1.0, largest).tolist()
+        if not np.allclose(found, [0.5, 2.0]):
+            raise RuntimeError(
+                f"the relative size of two small steps came to {found} on {y.device}; expected [0.5, 2.0]"
+            )
 
 
 def _operands(
@@ -350,9 +371,26 @@ def _launch(
     """Launch a kernel over tiles: a row takes as many columns as it fits in, and a tile as many rows as fit in it."""
     c = next((c for c in WIDTHS if width <= c), TILE)
     r, blocks = TILE // c, -(-width // c)
-    # Asked for, since Triton is about to change its default.
-    options = {"num_warps": warps, "enable_fp_fusion": True}
-    kernel[(-(-rows // r) * blocks,)](*arguments, width, rows, blocks, *constants, r, c, aligned, **options)
+    # Fusion is asked for, since Triton is about to change its default.
+    launch(
+        kernel, -(-rows // r) * blocks, (*arguments, width, rows, blocks), (*constants, r, c, aligned),
+        num_warps=warps, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def launch(kernel: Any, programs: int, arguments: tuple[int, ...], constants: tuple[Any, ...], **options: Any) -> None:
+    """Launch a kernel whose arguments are all int64: what was compiled for these constants before, directly.
+
+    Triton's own launch looks at each argument to find what it has compiled, which takes five times as long.
+    """
+    key = kernel, constants, None if INTERPRETED else torch.cuda.current_device()
+    compiled = _compiled.get(key)
+    if compiled is not None:
+        compiled[(programs, 1, 1)](*arguments, *constants)
+        return
+    compiled = kernel[(programs,)](*arguments, *constants, **options)
+    if DIRECT:
+        _compiled[key] = compiled
 
 
 def _aligned(width: int, *addresses: int) -> bool:

@@ -24,7 +24,18 @@ from torch import Tensor
 from flowsolve._optional import require
 from flowsolve.transforms import Range
 
-__all__ = ["HELD_OUT", "SHRUNK", "SIZE", "TRAIN", "TRANSFORM", "Patches", "dequantize", "draw", "lattice", "photographs"]
+__all__ = [
+    "HELD_OUT",
+    "SHRUNK",
+    "SIZE",
+    "TRAIN",
+    "TRANSFORM",
+    "Patches",
+    "dequantize",
+    "draw",
+    "lattice",
+    "photographs",
+]
 
 SIZE = 32
 SHRUNK = (1, 2, 3)
@@ -131,4 +142,5 @@ def _shrunk(photo: Tensor, k: int) -> Tensor:
         return photo
     _, h, w = photo.shape
     blocks = photo[:, : h // k * k, : w // k * k].double().unflatten(2, (-1, k)).unflatten(1, (-1, k))
-    return blocks.mean((2, 4)).round().to(torch.uint8)
+    shrunk: Tensor = blocks.mean((2, 4)).round().to(torch.uint8)
+    return shrunk

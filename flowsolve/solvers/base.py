@@ -40,7 +40,7 @@ from flowsolve.predictions import Estimate
 
 __all__ = [
     "EstimateSolver", "Foreign", "ForeignSDE", "Nodes", "Past", "Query", "SlopeSolver", "Solver", "State", "Step",
-    "charted", "in_chart", "run", "scaled", "slope_in",
+    "charted", "in_chart", "run", "scaled",
 ]  # fmt: skip
 
 
@@ -284,25 +284,16 @@ def in_chart(inner: Generator[Query, Tensor, Any], chart: Chart, path: Path) -> 
         return stop.value
 
 
-def slope_in(chart: Chart, path: Path, estimate: Callable[[Query, Any], Estimate]) -> Any:
-    """What answers queries for dy/ds at (y, s) in a chart, from what answers with estimates at (x, t)."""
-
-    def answer(query: Query, context: Any) -> Tensor:
-        outer = charted(query, chart, path)
-        found = estimate(outer, context)
-        query.cost = outer.cost
-        return found.combine(*chart.row(found.point, query.t))
-
-    return answer
-
-
 def charted(query: Query, chart: Chart, path: Path) -> Query:
     """The query about (x, t) that a query about (y, s) in a chart stands for."""
     y, nodes, row = query.x, query.nodes, query.row
     if nodes is None:
-        t = chart.time(path, query.t)
-        point = path.at(t)
-        return Query(scaled(chart.scale(point), y), t, point=point)
+        clock = query.time
+        if isinstance(clock, Tensor):
+            t, point, c = _placed(chart, path, clock)
+        else:
+            t, point, c = path.remembered((chart, clock), lambda: _placed(chart, path, clock))
+        return Query(scaled(c, y), t, point=point)
 
     def translate(clock: Tensor) -> tuple[Nodes, Point, Any]:
         t = chart.time(path, clock.flatten()).unflatten(0, clock.shape)
@@ -313,6 +304,13 @@ def charted(query: Query, chart: Chart, path: Path) -> Query:
     times, points, c = nodes.once((chart, path), translate)
     point = Point(*(v[row] for v in points))
     return Query(scaled(c if isinstance(c, float) else c[row], y), None, times, row, point)
+
+
+def _placed(chart: Chart, path: Path, clock: Any) -> tuple[Any, Point, Any]:
+    """Flow time at a time of a chart, the path's point there, and the scale."""
+    t = chart.time(path, clock)
+    point = path.at(t)
+    return t, point, chart.scale(point)
 
 
 def scaled(c: Any, y: Tensor) -> Tensor:

@@ -201,11 +201,15 @@ class RungeKutta(SlopeSolver):
         """The step function of this solver on a path, in a chart (by default the straight one)."""
         ruler = chart or CHARTS[self.ruler]
 
+        def ends(t: float, t_next: float) -> tuple[Any, ...]:
+            before, after = ruler.scale(path.at(t)), ruler.scale(path.at(t_next))
+            return inverse(before), ruler.clock(path, t), ruler.clock(path, t_next), after
+
         def step(state: State, t: float, t_next: float, evaluations: int) -> Step:
-            y = scaled(inverse(ruler.scale(path.at(t))), state.x)
-            inner = self.stride(y, ruler.clock(path, t), ruler.clock(path, t_next), evaluations)
+            inward, s, s_next, outward = path.remembered((ruler, t, t_next), lambda: ends(t, t_next))
+            inner = self.stride(scaled(inward, state.x), s, s_next, evaluations)
             y = (yield from in_chart(inner, ruler, path)).ahead
-            return state.advance(scaled(ruler.scale(path.at(t_next)), y))
+            return state.advance(scaled(outward, y))
 
         return step
 
