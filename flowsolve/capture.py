@@ -1,8 +1,10 @@
-r"""CUDA graphs: a solve on a fixed grid, network and all, recorded once and replayed.
+r"""CUDA graphs: a solve, network and all, recorded once and replayed.
 
 On a fixed grid every coefficient is a number known before the solve, nothing is read back on the way, and all shapes
 are fixed: the whole solve is one static sequence of kernels. Recorded as a CUDA graph it is launched at once, without
-Python or the driver between its kernels; a small network's time per step falls to that of its kernels.
+Python or the driver between its kernels; a small network's time per step falls to that of its kernels. An adaptive
+solve is recorded attempt by attempt (`flowsolve.attempts`), a likelihood along a curve evaluation by evaluation: the
+network together with its products with the Jacobian.
 
 What may change between replays lies in static buffers that are filled before each: the state, the conditioning tensors,
 the samples' numbers and the seed (the noise of a step is computed from them within the graph). Everything else is part
@@ -13,7 +15,8 @@ change in place. Other values of these make another recording; the last few of e
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -29,9 +32,9 @@ from flowsolve.grids import Closing
 from flowsolve.kernels import largest
 from flowsolve.noise import Noise
 from flowsolve.solution import Solution
-from flowsolve.solvers.base import Query, State, Stepper, run
+from flowsolve.solvers.base import Foreign, ForeignSDE, Query, State, Stepper, run
 
-__all__ = ["Static", "captured", "require_cuda"]
+__all__ = ["Recording", "Static", "captured", "filled", "recorded", "refuse_foreign", "require_cuda", "split"]
 
 KEPT = 8
 WARM = 3
@@ -45,6 +48,15 @@ def require_cuda(x: Tensor) -> None:
     refuse("capture=True, whose replay has no derivatives,", "drop it")
     if torch.is_grad_enabled():
         raise ValueError("capture=True records no gradients; drop it, or sample without grad")
+
+
+def refuse_foreign(solver: Any, gradient: str = "direct") -> None:
+    """Raise TypeError for a solve that cannot be captured."""
+    if isinstance(solver, Foreign | ForeignSDE) or gradient != "direct":
+        raise TypeError(
+            f"capture=True records a solve of flowsolve's own without gradients, not {solver!r} with "
+            f"gradient={gradient!r}; drop it"
+        )
 
 
 class Static(Protocol):
@@ -85,13 +97,10 @@ def body(plan: Static, cond: Any) -> Body:
         cond: the network's keyword arguments, whose tensors will be replaced by those of the conditioning.
     """
     step, nodes = plan.stepper(), checks(len(plan.grid))
-    leaves, spec = tree_flatten(cond)
 
     def solve(inputs: list[Tensor]) -> list[Tensor]:
         x, samples, seed, *tensors = inputs
-        given = iter(tensors)
-        filled = [next(given) if isinstance(v, Tensor) else v for v in leaves]
-        context = {"cond": tree_unflatten(filled, spec)}
+        context = {"cond": filled(cond, tensors)}
         state, magnitudes = State(x, noise=plan.noise(seed, samples)), []  # type: ignore[arg-type]
         for i, interval in enumerate(plan.grid):
             state = run(step(state, *interval), lambda query: plan.estimate(query, context))
@@ -107,41 +116,82 @@ def body(plan: Static, cond: Any) -> Body:
     return solve
 
 
-class _Recording:
-    """A CUDA graph with its static inputs and outputs."""
+class Recording:
+    """A function of tensors as a CUDA graph, with its static inputs and outputs.
 
-    def __init__(self, solve: Body, inputs: list[Tensor]) -> None:
+    Args:
+        function: from a list of tensors to a list of tensors.
+        inputs: tensors like those it will be given.
+    """
+
+    def __init__(self, function: Body, inputs: Sequence[Tensor]) -> None:
         self.inputs = [v.clone() for v in inputs]
-        with torch.cuda.device(inputs[0].device), kernels.use("fused"):
+        with torch.cuda.device(self.inputs[0].device), kernels.use("fused"):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):  # libraries allocate and choose algorithms in the first runs
                 for _ in range(WARM):
-                    solve(self.inputs)
+                    function(self.inputs)
             torch.cuda.current_stream().wait_stream(stream)
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
-                self.outputs = solve(self.inputs)
+                self.outputs = function(self.inputs)
 
-    def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
+    def fill(self, inputs: Sequence[Tensor]) -> None:
+        """Give the static inputs these values."""
         for mine, given in zip(self.inputs, inputs, strict=True):
             mine.copy_(given)
+
+    def replay(self) -> None:
+        """Run the function on what the static inputs hold."""
         self.graph.replay()
+
+    def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The function's value for other inputs."""
+        self.fill(inputs)
+        self.replay()
         return [v.clone() for v in self.outputs]
 
 
-Replay = Callable[[list[Tensor]], list[Tensor]]
+Record = Callable[[Body, list[Tensor]], Any]
 
-_recordings: WeakKeyDictionary[Flow, OrderedDict[Any, Replay]] = WeakKeyDictionary()
+_recordings: WeakKeyDictionary[Flow, OrderedDict[Any, Any]] = WeakKeyDictionary()
 
 
-def captured(
-    plan: Static,
-    x: Tensor,
-    cond: Any,
-    samples: Tensor,
-    record: Callable[[Body, list[Tensor]], Replay] = _Recording,
-) -> Solution:
+@contextmanager
+def recorded(flow: Flow, key: Any, function: Body, inputs: Sequence[Tensor], record: Record) -> Iterator[Any]:
+    """A recording of a function for the length of a block; made if there is none, or the one there is is in use.
+
+    Args:
+        flow: whose recordings are kept.
+        key: what decides the recording, beside the shapes and dtypes of the inputs.
+        function: what is recorded.
+        inputs: what it is first given.
+        record: makes a recording.
+
+    Raises:
+        RuntimeError: the network cannot be captured; it reads from the device, or draws from a CPU generator.
+    """
+    key = key, tuple((tuple(v.shape), v.dtype) for v in inputs), inputs[0].device
+    kept = _recordings.setdefault(flow, OrderedDict())
+    made = kept.pop(key, None)
+    if made is None:
+        try:
+            made = record(function, list(inputs))
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"the solve cannot be captured as a CUDA graph: {error}. A network that reads values back from the "
+                "device (.item(), the shape of a mask) cannot be; drop capture=True"
+            ) from error
+    try:
+        yield made
+    finally:
+        kept[key] = made
+        while len(kept) > KEPT:
+            kept.popitem(last=False)
+
+
+def captured(plan: Static, x: Tensor, cond: Any, samples: Tensor, record: Record = Recording) -> Solution:
     """The solve of a plan from x, by replaying its recording; made first if there is none.
 
     Args:
@@ -155,24 +205,24 @@ def captured(
         RuntimeError: the network cannot be captured; it reads from the device, or draws from a CPU generator.
     """
     cond = dict(cond)
-    leaves, spec = tree_flatten(cond)
-    constants = repr([v for v in leaves if not isinstance(v, Tensor)])
     seed = torch.tensor((plan.seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=x.device)  # its lowest 64 bits
-    inputs = [v.to(x.device) for v in (x.contiguous(), samples, seed, *leaves) if isinstance(v, Tensor)]
-    key = (plan.key(), repr(spec), constants, tuple((tuple(v.shape), v.dtype) for v in inputs), x.device)
-    kept = _recordings.setdefault(plan.flow, OrderedDict())
-    if key not in kept:
-        try:
-            kept[key] = record(body(plan, cond), inputs)
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"the solve cannot be captured as a CUDA graph: {error}. A network that reads values back from the "
-                "device (.item(), the shape of a mask) cannot be; drop capture=True"
-            ) from error
-        while len(kept) > KEPT:
-            kept.popitem(last=False)
-    kept.move_to_end(key)
-    final, magnitudes = kept[key](inputs)
+    tensors, constants = split(cond)
+    inputs = [v.to(x.device) for v in (x.contiguous(), samples, seed, *tensors)]
+    with recorded(plan.flow, (plan.key(), constants), body(plan, cond), inputs, record) as replay:
+        final, magnitudes = replay(inputs)
     checked = [plan.grid[i][1] for i in sorted(checks(len(plan.grid)))]
     checked += [] if plan.closing is None else [plan.closing.t]
     return settle(final, magnitudes, checked, plan.start, plan.calls, len(plan.grid))
+
+
+def split(tree: Any) -> tuple[list[Tensor], str]:
+    """The tensors of a tree, and what else decides a recording: its form and its constants."""
+    leaves, spec = tree_flatten(tree)
+    return [v for v in leaves if isinstance(v, Tensor)], repr((spec, [v for v in leaves if not isinstance(v, Tensor)]))
+
+
+def filled(tree: Any, tensors: Sequence[Tensor]) -> Any:
+    """A tree with other tensors in the places of its own."""
+    leaves, spec = tree_flatten(tree)
+    given = iter(tensors)
+    return tree_unflatten([next(given) if isinstance(v, Tensor) else v for v in leaves], spec)

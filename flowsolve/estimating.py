@@ -74,7 +74,7 @@ class Estimator:
     def _tabled(self, query: Query, chart: Chart, cond: dict[str, Any]) -> Tensor:
         nodes, i, y, flow = query.nodes, query.row, query.x, self.flow
         assert nodes is not None
-        rows: _Rows = nodes.once((chart, self), lambda clock: self._rows(chart, clock, y))
+        rows: _Rows = nodes.once((chart, self), lambda clock: self._rows(chart, clock, y, nodes.recorded))
         if self._counted:
             query.cost = flow.cost(rows.times[i])
         c, k_x, k_o = (v if isinstance(v, float) else v[i] for v in rows[2:])
@@ -86,20 +86,24 @@ class Estimator:
             return k_o * output
         return k_x * x + k_o * output
 
-    def _rows(self, chart: Chart, clock: Tensor, y: Tensor) -> _Rows:
-        """The numbers of all queries of an attempt at times of the chart, (n, B)."""
+    def _rows(self, chart: Chart, clock: Tensor, y: Tensor, recorded: bool) -> _Rows:
+        """The numbers of all queries of an attempt at times of the chart, (n, B).
+
+        In a recorded solve they are computed on the device, and nothing is asked of it.
+        """
         flow, path = self.flow, self.flow.path
-        times = torch.from_numpy(array(chart.time(path, clock.flatten()))).reshape(clock.shape)
+        times = chart.time(path, clock.flatten()).reshape(clock.shape)
+        times = times if recorded else torch.from_numpy(array(times))
         points = path.at(times)
         known = Estimate(y, y, points, flow.prediction.row(points))
         numbers = chart.scale(points), *known.coefficients(*chart.row(points, clock))
-        whole = [_same(v) for v in numbers]
+        whole: list[Any] = [(None if recorded else _same(v)) if isinstance(v, Tensor) else float(v) for v in numbers]
         sent = [v for v, w in zip(numbers, whole, strict=True) if w is None]
         when = state_dtype(y) if flow.dtype is None else torch.promote_types(flow.dtype, torch.float32)
         native: Any = None
         if self._direct:
             native = torch.as_tensor(flow.clock(times.flatten())).reshape(clock.shape)
-            if native.device.type == "cpu" and when is y.dtype:
+            if when is y.dtype:
                 sent = [native.to(torch.float64), *sent]
         if sent:
             table = send(torch.stack([v.expand(clock.shape) for v in sent]), y, y.dtype)
@@ -110,10 +114,8 @@ class Estimator:
         return _Rows(times, native, *whole)
 
 
-def _same(v: Any) -> Any:
-    """The number that all entries of a coefficient are, if it is 0 or 1; None for any other tensor."""
-    if not isinstance(v, Tensor):
-        return float(v)
-    numbers = v.numpy().ravel()  # of the host, and looked at there
+def _same(v: Tensor) -> float | None:
+    """The number that all entries of a coefficient of the host are, if it is 0 or 1."""
+    numbers = v.numpy().ravel()
     first = float(numbers[0]) if len(numbers) else 0.0
     return first if first in (0.0, 1.0) and bool((numbers == first).all()) else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from hashlib import blake2b
@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowsolve import charts, grids
+from flowsolve import attempts, charts, grids
 from flowsolve._arguments import check_gradient, check_grid, check_solver, state
 from flowsolve._batch import Context, choose, rows
 from flowsolve._surroundings import plain
-from flowsolve.capture import captured, require_cuda
+from flowsolve.capture import captured, refuse_foreign, require_cuda
 from flowsolve.charts import Chart
 from flowsolve.drivers import Ask, march, stepped
 from flowsolve.estimating import Estimator
@@ -26,10 +26,10 @@ from flowsolve.noise import Noise
 from flowsolve.ode import trajectory
 from flowsolve.paths import Path
 from flowsolve.planning import allowance, given, laid, unit, varies, within
-from flowsolve.pursuit import Metered
+from flowsolve.pursuit import Arrivals, Finished, Metered, collect, pursue, resident
 from flowsolve.snapshot import Callback, Snapshot
 from flowsolve.solution import Solution
-from flowsolve.solvers.adaptive import Status
+from flowsolve.solvers.adaptive import Adaptive, Status
 from flowsolve.solvers.base import (
     Foreign,
     ForeignSDE,
@@ -125,11 +125,15 @@ class Passage:
                 flow.require(last, "the final step")
         self.start, self.last, self.closing = start, last, closing
         self.charted = isinstance(solver, SlopeSolver) and (solver.chooses_steps or gradient == "adjoint")
-        if capture and (solver.chooses_steps or gradient != "direct"):
-            raise TypeError(
-                f"capture=True records a solve on a fixed grid without gradients, not {solver!r} with "
-                f"gradient={gradient!r}; give a solver with adaptive=False or without control of its steps, and nfe=…"
-            )
+        if capture:
+            refuse_foreign(solver, gradient)
+            if t_eval is not None or callback or resume:
+                raise TypeError("capture=True goes with neither t_eval=, callback= nor resume=; drop one of them")
+            if isinstance(self.budget, Metered) or (solver.chooses_steps and varies(flow)):
+                raise TypeError(
+                    "capture=True with an adaptive solver needs estimates that cost the same at all times, and those "
+                    f"of {flow!r} do not; give a solver on a fixed grid"
+                )
         if (callback or resume) and (capture or self.charted or solver.chooses_steps):
             raise TypeError(
                 f"callback= and resume= go with a fixed grid, not with {solver!r}, gradient={gradient!r} and "
@@ -168,11 +172,26 @@ class Passage:
         path, ruler = self.flow.path, self.ruler
         return ruler.clock(path, self.start), ruler.clock(path, self.last), self.estimate.slopes(ruler), self.budget
 
+    def pursuer(self, arrivals: Arrivals, **options: Any) -> Iterator[Finished]:
+        """The adaptive solve of samples that come and go, recorded or not."""
+        start, end, ask, budget = self.ode()
+        assert isinstance(self.solver, Adaptive)
+        if not self.capture:
+            return pursue(self.solver, arrivals, start, end, ask, budget=budget, **options)
+        assert not isinstance(budget, Metered)
+        key = self.key(), self.ruler
+        return attempts.pursue(self.flow, key, self.solver, arrivals, start, end, ask, budget=budget, **options)
+
     def run(self, y: Tensor, context: Context, progress: bool) -> Solution:
         """The solve of a whole batch."""
+        if self.capture:
+            require_cuda(y)
         path = self.flow.path
         mode = self.gradient if torch.is_grad_enabled() else "direct"
         if self.charted:
+            if self.capture:
+                parts = list(self.pursuer(resident(y, context), width=len(y), progress=progress, total=len(y)))
+                return collect(parts, y, 0)[1]
             start, end, ask, budget = self.ode()
             clock = None
             if not self.solver.chooses_steps:
@@ -197,7 +216,6 @@ class Passage:
             zero = torch.zeros_like(nfe)
             return Solution(x, nfe, status, zero, zero, torch.full_like(nfe, self.last, dtype=torch.float64))
         if self.capture:
-            require_cuda(y)
             return captured(self, y, context.tree["cond"], context.tree["samples"])
         begin, made, spent = State(y, noise), 0, 0
         if self.resume is not None:
@@ -260,10 +278,8 @@ class Passage:
                 f"t_eval = {stops}; expected strictly monotone flow times from t = {self.start:g} to t = {self.last:g}"
                 + ("" if self.closing is None else ", where the solver stops (what closes the solve is in sol.x)")
             )
-        if self.capture or isinstance(self.solver, ForeignSDE) or self.resume is not None:
-            raise TypeError(
-                f"t_eval= goes with neither capture=, resume= nor {self.solver!r}; drop it, or use callback="
-            )
+        if isinstance(self.solver, ForeignSDE) or self.resume is not None:
+            raise TypeError(f"t_eval= goes with neither resume= nor {self.solver!r}; drop it, or use callback=")
         if self.solver.chooses_steps:
             return stops
         nodes = [self.start, *(b for _, b, _ in self.grid)]
@@ -295,8 +311,10 @@ class Passage:
         return self.solver.on(self.flow.path, self.chart, self.grid)
 
     def key(self) -> Any:
-        """Equal for plans that make the same steps."""
-        return self.solver, self.grid, self.chart, self.noise, self.start, self.last, self.closing
+        """Equal for plans that make the same steps on the same flow as it is."""
+        flow = self.flow
+        made = flow.net, flow.path, flow.prediction, flow.clock, flow.dtype
+        return self.solver, self.grid, self.chart, self.noise, self.start, self.last, self.closing, made
 
     def leave(self, solution: Solution, context: Context) -> Solution:
         """The solution in flow time, at the end of the interval."""
@@ -305,7 +323,7 @@ class Passage:
             arrived, clock = self.ruler.clock(path, self.last), solution.t
             reached = torch.where(clock == arrived, self.last, torch.as_tensor(self.ruler.time(path, clock)))
             solution = replace(solution, x=scaled(self.ruler.scale(path.at(reached)), solution.x), t=reached)
-        if self.closing is not None and not self.capture:
+        if self.closing is not None and (self.charted or not self.capture):  # else it is in the recording
             solution = self._closed(solution, context, self.closing)
         return replace(solution, nfe=solution.nfe * unit(self.flow))
 

@@ -44,7 +44,20 @@ from flowsolve.kernels import control, twin
 from flowsolve.kernels.control import Law, Verdict
 from flowsolve.kernels.twin import host, largest, rms
 
-__all__ = ["Law", "Slopes", "Verdict", "aim", "combination", "host", "judge", "largest", "normals", "rms", "use"]
+__all__ = [
+    "Law",
+    "Slopes",
+    "Steered",
+    "Verdict",
+    "aim",
+    "combination",
+    "host",
+    "judge",
+    "largest",
+    "normals",
+    "rms",
+    "use",
+]
 
 MODES = ("auto", "torch", "fused")
 PRICE = 1.0  # seconds that loading costs
@@ -154,6 +167,44 @@ class Slopes:
         if self._kernels is not None and _plain(new, dtype, recording) and _plain(old, dtype, recording):
             return self._kernels.merge(accepted, new, old)  # type: ignore[no-any-return]
         return twin.merge(accepted, new, old)
+
+
+class Steered(Slopes):
+    """The slopes of a step whose sizes are on the device, instead of the h that others are given.
+
+    Args:
+        y: the state before the step.
+        h: the sizes, float64 of shape (B,).
+    """
+
+    __slots__ = ("_own", "_sizes")
+
+    def __init__(self, y: Tensor, h: Tensor) -> None:
+        super().__init__(y)
+        self._sizes, self._own = h, np.zeros(len(h))  # the latter stands for the former
+        if self._kernels is not None:
+            if not hasattr(self._kernels, "STEPS"):
+                self._kernels = None
+            else:
+                self._plan[self._kernels.SENT], self._plan[self._kernels.STEPS] = self._own, h
+
+    def advance(self, h: Any, stages: Indices, weights: Vector) -> Tensor:
+        """y + h Σ_j w_j k_j."""
+        if self._kernels is not None:
+            return self._kernels.advance(self.y, self._plan, self._own, stages, weights)  # type: ignore[no-any-return]
+        return twin.weighted([self.tensors[i] for i in stages], self._table(weights), self.y)
+
+    def error_norm(
+        self, h: Any, stages: Indices, weights: Vector, ahead: Tensor, atol: float, rtol: float, norm: Norm
+    ) -> Tensor:
+        """The norm of each sample's local error; see `Slopes.error_norm`."""
+        if self._kernels is not None and norm in (rms, largest) and _plain(ahead, self.y.dtype, self._recording):
+            return super().error_norm(self._own, stages, weights, ahead, atol, rtol, norm)
+        slopes = [self.tensors[i] for i in stages]
+        return twin.error_norm(slopes, self._table(weights), self.y, ahead, atol, rtol, norm)
+
+    def _table(self, weights: Vector) -> Tensor:
+        return torch.stack([self._sizes * w for w in weights[0].tolist()], 1)
 
 
 def combination(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor | None:

@@ -355,7 +355,7 @@ def _operands(
     if len(weights) > 1:
         table, plan[SENT] = h[:, None] * weights, None
         weights = np.ones_like(weights)  # what a table of a single column is multiplied by
-    elif len(h) > 1:
+    elif len(h) > 1 or plan[SENT] is h:
         table = h
     else:
         return 0, slopes, (*_bits(h[0] * weights[0]), *spare, 0)

@@ -118,7 +118,11 @@ class Discrete(Path):
         """α/(α+σ) and σ/(α+σ) at the nodes, as lists for a float and as tensors beside a tensor."""
         if not isinstance(like, Tensor):
             return self._nodes
-        return self._tensors[0].to(like.device), self._tensors[1].to(like.device)
+        place = like.device
+        if place.type == "cpu":
+            return self._tensors
+        found: tuple[Tensor, Tensor] = self.remembered(place, lambda: tuple(v.to(place) for v in self._tensors))
+        return found
 
     def _to_native(self, t: Any) -> Any:
         """The index k: fractional between entries, exact at them, 0 beyond the last."""

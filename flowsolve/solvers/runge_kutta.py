@@ -72,14 +72,12 @@ class Stride(NamedTuple):
         return len(self.tableau.dense) - len(self.slopes)
 
 
-def ask_stages(
-    tableau: Tableau, nodes: Nodes, h: Vector, slopes: Slopes, first: int
-) -> Generator[Query, Tensor, Tensor]:
+def ask_stages(tableau: Tableau, nodes: Nodes, h: Any, slopes: Slopes, first: int) -> Generator[Query, Tensor, Tensor]:
     """Ask for the slopes of the stages from `first` on, append them, and return the last stage's state.
 
     Args:
         nodes: their times.
-        h: signed sizes of the step, shape (B,).
+        h: signed sizes of the step, shape (B,); None for slopes that know them.
         slopes: the state before the step, and the slopes at hand.
     """
     rows, append, advance, stage = tableau.rows, slopes.append, slopes.advance, slopes.y
