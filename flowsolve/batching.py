@@ -54,7 +54,7 @@ def sample(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
     progress: bool = False,
-    capture: bool = False,
+    capture: bool | str = False,
 ) -> Iterator[Solution]:
     """Sample a flow from noise, in pieces of `batch` samples.
 

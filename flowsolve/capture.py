@@ -14,6 +14,7 @@ change in place. Other values of these make another recording; the last few of e
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,10 +35,16 @@ from flowsolve.noise import Noise
 from flowsolve.solution import Solution
 from flowsolve.solvers.base import Foreign, ForeignSDE, Query, State, Stepper, run
 
-__all__ = ["Recording", "Static", "captured", "filled", "recorded", "refuse_foreign", "require_cuda", "split"]
+__all__ = [
+    "Recording", "Static", "agrees", "captured", "filled", "hopeless", "pays", "prove", "proven", "recorded", "refuse_foreign",
+    "require_cuda", "split",
+]  # fmt: skip
 
-KEPT = 8
+KEPT = 8  # recordings of a flow
 WARM = 3
+REPAID = WARM + 1  # solves after which a recording, which runs that many, has paid
+NOTED = 64  # solves of a flow that are counted
+CLOSE = 1e-2  # of the largest number: the rounding of a low precision, which a solve may amplify
 Body = Callable[[list[Tensor]], list[Tensor]]
 
 
@@ -156,6 +163,7 @@ class Recording:
 Record = Callable[[Body, list[Tensor]], Any]
 
 _recordings: WeakKeyDictionary[Flow, OrderedDict[Any, Any]] = WeakKeyDictionary()
+_counts: WeakKeyDictionary[Flow, OrderedDict[Any, int | None]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -213,6 +221,56 @@ def captured(plan: Static, x: Tensor, cond: Any, samples: Tensor, record: Record
     checked = [plan.grid[i][1] for i in sorted(checks(len(plan.grid)))]
     checked += [] if plan.closing is None else [plan.closing.t]
     return settle(final, magnitudes, checked, plan.start, plan.calls, len(plan.grid))
+
+
+def pays(flow: Flow, key: Any, x: Tensor) -> bool:
+    """Whether it is time to record a solve that may be repeated: once it was made as often as recording runs it.
+
+    (The ski rental's rule: whatever comes, no more than twice the time of the better choice is spent.)
+    """
+    count = _made(flow, key, x)
+    if count is None:
+        return False
+    if count < REPAID:
+        _made(flow, key, x, count + 1)
+    return count >= REPAID
+
+
+def prove(flow: Flow, key: Any, x: Tensor) -> None:
+    """Note that the recording of a solve agrees with the eager one."""
+    _made(flow, key, x, REPAID + 1)
+
+
+def proven(flow: Flow, key: Any, x: Tensor) -> bool:
+    """Whether a recording of the solve was compared with the eager one before."""
+    return (_made(flow, key, x) or 0) > REPAID
+
+
+def hopeless(flow: Flow, key: Any, x: Tensor, why: str) -> None:
+    """Note, and warn, that a solve is better not recorded."""
+    _made(flow, key, x, None)
+    warnings.warn(f"capture='auto': the solve is not recorded from here on: {why}", stacklevel=2)
+
+
+def agrees(found: Tensor, expected: Tensor) -> bool:
+    """Whether two results of a solve are the same but for rounding, which the steps and the network may amplify."""
+    size = expected.abs().amax().clamp_min(torch.finfo(expected.dtype).tiny)
+    both = torch.isfinite(expected) & torch.isfinite(found)
+    off = torch.where(both, (found - expected).abs(), 0.0).amax()
+    return bool(off <= CLOSE * size) and bool((torch.isfinite(expected) == torch.isfinite(found)).all())
+
+
+def _made(flow: Flow, key: Any, x: Tensor, count: int | None = 0) -> int | None:
+    """How often a solve was made; with another count than 0, that is noted. None if it cannot be recorded."""
+    known = _counts.setdefault(flow, OrderedDict())
+    place = key, tuple(x.shape), x.dtype, x.device
+    if count == 0:
+        return known.get(place, 0)
+    known[place] = count
+    known.move_to_end(place)
+    while len(known) > NOTED:
+        known.popitem(last=False)
+    return count
 
 
 def split(tree: Any) -> tuple[list[Tensor], str]:

@@ -16,7 +16,7 @@ from flowsolve import attempts, charts, grids
 from flowsolve._arguments import check_gradient, check_grid, check_solver, state
 from flowsolve._batch import Context, choose, rows
 from flowsolve._surroundings import plain
-from flowsolve.capture import captured, refuse_foreign, require_cuda
+from flowsolve.capture import agrees, captured, hopeless, pays, prove, proven, refuse_foreign, require_cuda
 from flowsolve.charts import Chart
 from flowsolve.drivers import Ask, march, stepped
 from flowsolve.estimating import Estimator
@@ -78,7 +78,7 @@ class Passage:
         seed: int = 0,
         noise: type[Noise] = Noise,
         gradient: str = "direct",
-        capture: bool = False,
+        capture: bool | str = False,
         final: str | Final = "path",
         t_eval: Sequence[float] | None = None,
         callback: Callback | None = None,
@@ -87,7 +87,6 @@ class Passage:
         check_solver(solver)
         check_gradient(gradient, solver)
         self.flow, self.solver, self.seed, self.noise, self.gradient = flow, solver, seed, noise, gradient
-        self.capture = capture
         self.chart = None if chart is None else charts.resolve(chart)
         self.estimate: Any = Estimator(flow)
         path, (start, end) = flow.path, interval
@@ -125,20 +124,7 @@ class Passage:
                 flow.require(last, "the final step")
         self.start, self.last, self.closing = start, last, closing
         self.charted = isinstance(solver, SlopeSolver) and (solver.chooses_steps or gradient == "adjoint")
-        if capture:
-            refuse_foreign(solver, gradient)
-            if t_eval is not None or callback or resume:
-                raise TypeError("capture=True goes with neither t_eval=, callback= nor resume=; drop one of them")
-            if isinstance(self.budget, Metered) or (solver.chooses_steps and varies(flow)):
-                raise TypeError(
-                    "capture=True with an adaptive solver needs estimates that cost the same at all times, and those "
-                    f"of {flow!r} do not; give a solver on a fixed grid"
-                )
-        if (callback or resume) and (capture or self.charted or solver.chooses_steps):
-            raise TypeError(
-                f"callback= and resume= go with a fixed grid, not with {solver!r}, gradient={gradient!r} and "
-                f"capture={capture}; for an adaptive solver, solve in pieces: interval=(0, t), then start= the state"
-            )
+        self.capture, self.auto = self._captures(capture, bool(t_eval is not None or callback or resume))
         self.callback, self.resume = callback, resume
         if resume is not None and (resume.plan != self.name or not 0 <= resume.step <= len(self.grid)):
             raise ValueError(
@@ -172,6 +158,31 @@ class Passage:
         path, ruler = self.flow.path, self.ruler
         return ruler.clock(path, self.start), ruler.clock(path, self.last), self.estimate.slopes(ruler), self.budget
 
+    def _captures(self, capture: bool | str, watched: bool) -> tuple[bool, bool]:
+        """Whether the solve is to be recorded, and whether it may be where that pays.
+
+        Raises:
+            TypeError: it is to be recorded, and cannot be.
+        """
+        if capture not in (True, False, "auto"):
+            raise ValueError(f"capture = {capture!r}; expected True, False or 'auto'")
+        if not capture:
+            return False, False
+        try:
+            refuse_foreign(self.solver, self.gradient)
+            if watched:
+                raise TypeError("capture=True goes with neither t_eval=, callback= nor resume=; drop one of them")
+            if self.solver.chooses_steps and varies(self.flow):
+                raise TypeError(
+                    "capture=True with an adaptive solver needs estimates that cost the same at all times, and those "
+                    f"of {self.flow!r} do not; give a solver on a fixed grid"
+                )
+        except TypeError:
+            if capture is True:
+                raise
+            return False, False
+        return capture is True, capture == "auto"
+
     def pursuer(self, arrivals: Arrivals, **options: Any) -> Iterator[Finished]:
         """The adaptive solve of samples that come and go, recorded or not."""
         start, end, ask, budget = self.ode()
@@ -184,6 +195,34 @@ class Passage:
 
     def run(self, y: Tensor, context: Context, progress: bool) -> Solution:
         """The solve of a whole batch."""
+        if self.auto:
+            self.capture = False
+            if y.is_cuda and not torch.is_grad_enabled() and pays(self.flow, self.key(), y):
+                return self._tried(y, context, progress)
+        return self._run(y, context, progress)
+
+    def _tried(self, y: Tensor, context: Context, progress: bool) -> Solution:
+        """The solve, recorded if that can be done; a new recording must agree with the eager solve."""
+        eager = None if proven(self.flow, self.key(), y) else self._run(y, context, progress)
+        self.capture = True
+        try:
+            found = self._run(y, context, progress)
+        except RuntimeError as error:
+            self.capture = False
+            hopeless(self.flow, self.key(), y, str(error))
+            return self._run(y, context, progress) if eager is None else eager
+        if eager is not None:
+            ended = self.leave(found, context).x
+            self.capture = False
+            close = agrees(ended, self.leave(eager, context).x)
+            self.capture = close
+            if not close:
+                hopeless(self.flow, self.key(), y, "a replay gave other states than the solve that it recorded")
+                return eager
+            prove(self.flow, self.key(), y)
+        return found
+
+    def _run(self, y: Tensor, context: Context, progress: bool) -> Solution:
         if self.capture:
             require_cuda(y)
         path = self.flow.path

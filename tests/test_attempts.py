@@ -20,6 +20,7 @@ from flowsolve.kernels import control, largest
 from flowsolve.passage import Passage
 from flowsolve.paths import EDM, VP, CondOT, Discrete, Path
 from flowsolve.solvers import Bosh3, Dopri5, Dopri8, Tsit5
+from flowsolve.streaming import Chunk
 
 
 class Net(nn.Module):
@@ -212,6 +213,43 @@ def test_what_cannot_be_recorded() -> None:
     ):  # fmt: skip
         with pytest.raises((TypeError, ValueError), match=match):
             fs.sample(flow, start=x, solver=Dopri5(), capture=True, **options)
+
+
+@pytest.mark.parametrize("solver", [Dopri5(), fs.solvers.DDIM()], ids=lambda v: type(v).__name__)
+def test_auto_records_what_pays_and_agrees(solver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flowsolve.passage.captured", partial(capture.captured, record=Rerun))
+    calls, cheats = 0, False
+
+    def net(x: Tensor, t: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return -x * (1.0 + 0.3 * calls * cheats)
+
+    flow, x = fs.Flow(net, Discrete.linear(), "v"), torch.ones(3, 2, dtype=torch.float64)
+    nfe = None if solver.chooses_steps else 6
+
+    def solved() -> Any:
+        passage = Passage(flow, (0.0, 1.0), solver=solver, nfe=nfe, capture="auto")
+        y, context = passage.enter(Chunk(x, {}, torch.arange(3)))
+        with torch.no_grad():
+            pays = capture.pays(flow, passage.key(), y)
+            solution = passage._tried(y, context, False) if pays else passage._run(y, context, False)
+            return pays, passage.capture, passage.leave(solution, context)
+
+    expected = fs.sample(flow, start=x, solver=solver, nfe=nfe)
+    for i in range(7):
+        pays, used, found = solved()
+        assert pays == used == (i >= capture.REPAID)
+        compared(found, expected)
+    cheats, flow.path = True, Discrete.linear(500)
+    for _ in range(capture.REPAID):
+        assert solved()[:2] == (False, False)
+    with pytest.warns(UserWarning, match="not recorded from here on: a replay gave other states"):
+        assert solved()[:2] == (True, False)
+    assert solved()[:2] == (False, False)
+    with pytest.raises(ValueError, match="expected True, False or 'auto'"):
+        fs.sample(flow, start=x, capture="yes")
+    fs.sample(flow, start=x, solver=Dopri5(), capture="auto", t_eval=[0.0, 0.5])  # what cannot be recorded is solved
 
 
 @pytest.mark.gpu
