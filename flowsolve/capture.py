@@ -36,8 +36,8 @@ from flowsolve.solution import Solution
 from flowsolve.solvers.base import Foreign, ForeignSDE, Query, State, Stepper, run
 
 __all__ = [
-    "Recording", "Static", "agrees", "captured", "filled", "hopeless", "pays", "prove", "proven", "recorded", "refuse_foreign",
-    "require_cuda", "split",
+    "Recording", "Static", "agrees", "captured", "filled", "hopeless", "pays", "prove", "proven", "recorded",
+    "refuse_foreign", "require_cuda", "split",
 ]  # fmt: skip
 
 KEPT = 8  # recordings of a flow

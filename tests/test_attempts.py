@@ -247,8 +247,9 @@ def test_auto_records_what_pays_and_agrees(solver: Any, monkeypatch: pytest.Monk
     with pytest.warns(UserWarning, match="not recorded from here on: a replay gave other states"):
         assert solved()[:2] == (True, False)
     assert solved()[:2] == (False, False)
+    cheats = False
     with pytest.raises(ValueError, match="expected True, False or 'auto'"):
-        fs.sample(flow, start=x, capture="yes")
+        fs.sample(flow, start=x, solver=solver, nfe=nfe, capture="yes")
     fs.sample(flow, start=x, solver=Dopri5(), capture="auto", t_eval=[0.0, 0.5])  # what cannot be recorded is solved
 
 
