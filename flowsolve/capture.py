@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from flowsolve import kernels
 from flowsolve._surroundings import refuse
 from flowsolve.drivers import checks, settle
-from flowsolve.flow import Flow
+from flowsolve.flow import Flow, clock_of, tabled
 from flowsolve.grids import Closing
 from flowsolve.kernels import largest
 from flowsolve.noise import Noise
@@ -87,6 +87,11 @@ class Static(Protocol):
         """(t, t_next, evaluations) of each step."""
         ...
 
+    @property
+    def asked(self) -> Sequence[float]:
+        """The flow times at which it asks, as far as they are known beforehand."""
+        ...
+
     def stepper(self) -> Stepper:
         """The step function."""
         ...
@@ -97,22 +102,23 @@ class Static(Protocol):
 
 
 def body(plan: Static, cond: Any) -> Body:
-    """The solve as a function of tensors alone: [x, samples, seed, *conditioning] to [x at the end, magnitudes].
+    """The solve as a function of tensors alone: [x, samples, seed, times, *conditioning] to [x at the end, magnitudes].
 
     Args:
         plan: the solve.
         cond: the network's keyword arguments, whose tensors will be replaced by those of the conditioning.
     """
-    step, nodes = plan.stepper(), checks(len(plan.grid))
+    step, nodes, natives = plan.stepper(), checks(len(plan.grid)), clock_of(plan.flow, plan.asked)
 
     def solve(inputs: list[Tensor]) -> list[Tensor]:
-        x, samples, seed, *tensors = inputs
+        x, samples, seed, column, *tensors = inputs
         context = {"cond": filled(cond, tensors)}
         state, magnitudes = State(x, noise=plan.noise(seed, samples)), []  # type: ignore[arg-type]
-        for i, interval in enumerate(plan.grid):
-            state = run(step(state, *interval), lambda query: plan.estimate(query, context))
-            if i in nodes:
-                magnitudes.append(largest(state.x))
+        with tabled(natives, column, x):
+            for i, interval in enumerate(plan.grid):
+                state = run(step(state, *interval), lambda query: plan.estimate(query, context))
+                if i in nodes:
+                    magnitudes.append(largest(state.x))
         if plan.closing is not None:
             _, data, noise = plan.closing
             closed = plan.estimate(Query(state.x, plan.last), context).combine(data, noise)
@@ -133,6 +139,7 @@ class Recording:
 
     def __init__(self, function: Body, inputs: Sequence[Tensor]) -> None:
         self.inputs = [v.clone() for v in inputs]
+        self.function = function  # which holds tensors that the graph reads
         with torch.cuda.device(self.inputs[0].device), kernels.use("fused"):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -215,7 +222,8 @@ def captured(plan: Static, x: Tensor, cond: Any, samples: Tensor, record: Record
     cond = dict(cond)
     seed = torch.tensor((plan.seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=x.device)  # its lowest 64 bits
     tensors, constants = split(cond)
-    inputs = [v.to(x.device) for v in (x.contiguous(), samples, seed, *tensors)]
+    column = torch.tensor(clock_of(plan.flow, plan.asked), dtype=torch.float64)
+    inputs = [v.to(x.device) for v in (x.contiguous(), samples, seed, column, *tensors)]
     with recorded(plan.flow, (plan.key(), constants), body(plan, cond), inputs, record) as replay:
         final, magnitudes = replay(inputs)
     checked = [plan.grid[i][1] for i in sorted(checks(len(plan.grid)))]

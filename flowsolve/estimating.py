@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +27,8 @@ from flowsolve.predictions import Estimate
 from flowsolve.solvers.base import Query, charted
 
 __all__ = ["Estimator"]
+
+NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 class _Rows(NamedTuple):
@@ -106,7 +109,11 @@ class Estimator:
             if when is y.dtype:
                 sent = [native.to(torch.float64), *sent]
         if sent:
-            table = send(torch.stack([v.expand(clock.shape) for v in sent]), y, y.dtype)
+            if recorded:
+                table = torch.stack([v.expand(clock.shape) for v in sent]).to(y.dtype)
+            else:  # in numpy, which starts no threads: on a machine with many cores they cost more than this
+                packed = np.stack([v.expand(clock.shape).numpy() for v in sent]).astype(NUMPY[y.dtype])
+                table = send(torch.from_numpy(packed), y)
             if len(sent) > sum(w is None for w in whole):
                 native, table = table[0], table[1:]
             each = iter(table.reshape(*table.shape, *[1] * (y.ndim - 1)).unbind())

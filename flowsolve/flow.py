@@ -33,7 +33,7 @@ from flowsolve.paths import Path, Point
 from flowsolve.predictions import Estimate, Prediction, SingularEstimate, resolve
 from flowsolve.transforms import Latent, Range, Transform
 
-__all__ = ["Flow", "clocked", "network_time"]
+__all__ = ["Flow", "clock_of", "clocked", "network_time", "tabled"]
 
 TABLE = 1 << 22  # the most numbers that a table of times may have
 _table: ContextVar[Mapping[float, Tensor] | None] = ContextVar("times", default=None)
@@ -319,9 +319,20 @@ def clocked(flow: Flow, times: Sequence[float], x: Tensor) -> Iterator[None]:
     if not 1 < len(times) * len(x) <= TABLE or within() is not None:
         yield
         return
-    natives = list(dict.fromkeys(float(flow.clock(t)) for t in times))
-    column = send(torch.tensor(natives, dtype=torch.float64), x, state_dtype(x))
-    rows = column.unsqueeze(1).expand(-1, len(x)).contiguous().unbind()
+    natives = clock_of(flow, times)
+    with tabled(natives, send(torch.tensor(natives, dtype=torch.float64), x, state_dtype(x)), x):
+        yield
+
+
+def clock_of(flow: Flow, times: Sequence[float]) -> list[float]:
+    """The network's times at some flow times, each once."""
+    return list(dict.fromkeys(float(flow.clock(t)) for t in times))
+
+
+@contextmanager
+def tabled(natives: Sequence[float], column: Tensor, x: Tensor) -> Iterator[None]:
+    """A block in which the network's times for a batch like x are rows made of a column of them on its device."""
+    rows = column.to(state_dtype(x)).unsqueeze(1).expand(-1, len(x)).contiguous().unbind()
     token = _table.set(dict(zip(natives, rows, strict=True)))
     try:
         yield

@@ -213,7 +213,7 @@ def combination(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor |
     The CPU's fused kernels have none: there a step of few terms is short beside what it costs to read the state.
     """
     first, recording = tensors[0], torch.is_grad_enabled()
-    if len(tensors) < 3 or (first.is_cpu and not hasattr(_loaded.get("cpu"), "combination")):
+    if len(tensors) < 2 or (first.is_cpu and not hasattr(_loaded.get("cpu"), "combination")):
         return None
     kernels = _fused(first, recording)
     if kernels is None or len(tensors) > kernels.MOST:

@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 from operator import or_
+from struct import pack, unpack
 from typing import Any
 
 import numpy as np
@@ -383,14 +384,17 @@ def launch(kernel: Any, programs: int, arguments: tuple[int, ...], constants: tu
 
     Triton's own launch looks at each argument to find what it has compiled, which takes five times as long.
     """
-    key = kernel, constants, None if INTERPRETED else torch.cuda.current_device()
-    compiled = _compiled.get(key)
-    if compiled is not None:
-        compiled[(programs, 1, 1)](*arguments, *constants)
+    place = -1 if INTERPRETED else torch.cuda.current_device()
+    key = kernel, constants, place
+    known = _compiled.get(key)
+    if known is not None:
+        run, function, packed = known
+        stream = torch._C._cuda_getCurrentRawStream(place)
+        run(programs, 1, 1, stream, function, packed, None, None, None, *arguments, *constants)
         return
     compiled = kernel[(programs,)](*arguments, *constants, **options)
     if DIRECT:
-        _compiled[key] = compiled
+        _compiled[key] = compiled.run, compiled.function, compiled.packed_metadata
 
 
 def _aligned(width: int, *addresses: int) -> bool:
@@ -398,10 +402,10 @@ def _aligned(width: int, *addresses: int) -> bool:
     return width % 4 == 0 and not reduce(or_, addresses) % 16
 
 
-def _bits(numbers: Any) -> list[int]:
+def _bits(numbers: Any) -> tuple[int, ...]:
     """Float64 numbers as the integers that their bits are."""
-    bits: list[int] = np.asarray(numbers, dtype=np.float64).view(np.int64).tolist()
-    return bits
+    values = numbers.tolist() if isinstance(numbers, np.ndarray) else numbers
+    return unpack(f"{len(values)}q", pack(f"{len(values)}d", *values))
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:

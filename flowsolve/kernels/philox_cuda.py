@@ -147,7 +147,7 @@ def normals(
     out, rows = torch.empty_like(like, memory_format=torch.contiguous_format), len(like)
     width, kind = out.numel() // rows, KINDS[like.dtype]
     each: Any = [intervals] if isinstance(intervals, int) else intervals.tolist()
-    bits = _bits(weights if isinstance(weights, np.ndarray) else [weights])
+    bits = _bits(weights if isinstance(weights, np.ndarray) else (weights,))
     head, programs = (out.data_ptr(), table.data_ptr(), stream, width, rows), -(-rows * -(-width // 4) // BLOCKS)
     with _on(like.device):
         for first in range(0, len(each), TERMS):

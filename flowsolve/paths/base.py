@@ -107,7 +107,8 @@ class Path:
         found = known.get(key)
         if found is None:
             if len(known) >= REMEMBERED:
-                known.clear()
+                for old in [k for k in known if not isinstance(k, torch.device)]:  # a recorded solve may read those
+                    del known[old]
             found = known[key] = make()
         return found
 

@@ -307,7 +307,7 @@ def test_a_fixed_step_can_be_captured(cuda: ModuleType) -> None:
 @pytest.mark.parametrize("shape", [(5, 3), (4, 3, 8, 8), (1, 4099)])
 def test_combinations(shape: tuple[int, ...], dtype: torch.dtype, cuda: ModuleType) -> None:
     """Against float64: each term is rounded once as a product and once as a sum at most."""
-    for count in (3, 4, 16):
+    for count in (2, 3, 4, 16):
         tensors = [numbers(*shape, dtype=dtype, seed=i) for i in range(count)]
         weights = [0.01, *(1.7 / (i + 1) for i in range(count - 1))]
         found = kernels.combination(weights, tensors)
@@ -316,7 +316,7 @@ def test_combinations(shape: tuple[int, ...], dtype: torch.dtype, cuda: ModuleTy
         terms = [w * v.double() for w, v in zip(weights, tensors, strict=True)]
         allowed = 2 * count * torch.finfo(dtype).eps * sum(t.abs() for t in terms)
         assert bool(((found.double() - sum(terms)).abs() <= allowed).all())
-    assert kernels.combination([1.0, 2.0], tensors[:2]) is None
+    assert kernels.combination([1.0], tensors[:1]) is None
     assert kernels.combination([1.0] * 17, [tensors[0]] * 17) is None
     assert kernels.combination([1.0] * 3, [tensors[0], tensors[0].to(torch.float16), tensors[0]]) is None
 
