@@ -1,8 +1,24 @@
-"""Training: the losses of flow matching and score matching, averaged weights, a small resumable trainer."""
+"""Training: one objective and the literature's by name, couplings, averaged weights, a resumable trainer."""
 
-from flowsolve.training import times, weights
+from flowsolve.training import bridges, couplings, named, preconditioning, times, weights
 from flowsolve.training.ema import EMA
+from flowsolve.training.interpolants import TwoHeaded
 from flowsolve.training.losses import cfm_loss, dsm_loss
+from flowsolve.training.objective import Draw, Objective
 from flowsolve.training.trainer import Trainer
 
-__all__ = ["EMA", "Trainer", "cfm_loss", "dsm_loss", "times", "weights"]
+__all__ = [
+    "EMA",
+    "Draw",
+    "Objective",
+    "Trainer",
+    "TwoHeaded",
+    "bridges",
+    "cfm_loss",
+    "couplings",
+    "dsm_loss",
+    "named",
+    "preconditioning",
+    "times",
+    "weights",
+]

@@ -107,7 +107,7 @@ def test_a_missing_package_names_every_extra() -> None:
         _optional.require("nowhere", "runs", "a picture")
     assert str(caught.value) == (
         f"a picture needs nowhere, which is not installed: {install('runs')} "
-        "(the extras are cli, diffusers, runs, train, bridges, bench)"
+        "(the extras are cli, diffusers, runs, train, bridges, ot, bench)"
     )
 
 
