@@ -9,7 +9,7 @@ the conditional losses of flow matching; optimal transport of minibatches makes 
 | `Independent()` | as drawn | Lipman et al. 2022 |
 | `Fixed()` | as given: reflow, paired data | Liu et al. 2022 |
 | `Exact()` | the permutation of least $\sum_i C_{i\varsigma(i)}$ | Tong et al. 2023 |
-| `Sinkhorn(ε)` | $j \sim \pi_{ij}/\sum_k\pi_{ik}$, $\pi$ of least $\langle\pi, C\rangle - \epsilon H(\pi)$ | Cuturi 2013 |
+| `Sinkhorn(ε)` | $j \sim \pi_{ij}/\sum_k\pi_{ik}$, $\pi$ of least $\langle\pi, C\rangle-\epsilon H$ | Cuturi 2013 |
 | `Unbalanced(ε, ρ)` | pairs drawn from a plan whose marginals may stray, by $\rho\,\mathrm{KL}$ | Chizat et al. 2018 |
 | `ByLabel(coupling)` | the coupling within each class | Cheng & Schwing 2025 |
 

@@ -193,7 +193,8 @@ class _LogNormal(Density):
     def pdf(self, t: Tensor, path: Path) -> Tensor:
         low, high = self._cut(path)
         point = path.at(t)
-        return _normal((point.log_snr + self.mean) / self.std) * point.log_snr_dot / (self.std * (high - low))
+        found: Tensor = _normal((point.log_snr + self.mean) / self.std) * point.log_snr_dot / (self.std * (high - low))
+        return found
 
 
 @dataclass(frozen=True)

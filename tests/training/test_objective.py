@@ -1,4 +1,4 @@
-"""One objective: conditional gradients are the marginal ones by quadrature, equal weights are equal, and W(λ) is true."""
+"""One objective: conditional gradients are the marginal ones by quadrature, equal weights are equal."""
 
 from __future__ import annotations
 
