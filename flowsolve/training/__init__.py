@@ -2,15 +2,19 @@
 
 from flowsolve.training import bridges, couplings, named, preconditioning, times, weights
 from flowsolve.training.ema import EMA
+from flowsolve.training.fitting import Trained, train
 from flowsolve.training.interpolants import TwoHeaded
 from flowsolve.training.losses import cfm_loss, dsm_loss
 from flowsolve.training.objective import Draw, Objective
+from flowsolve.training.power_ema import PowerEMA, posthoc
 from flowsolve.training.trainer import Trainer
 
 __all__ = [
     "EMA",
     "Draw",
     "Objective",
+    "PowerEMA",
+    "Trained",
     "Trainer",
     "TwoHeaded",
     "bridges",
@@ -18,7 +22,9 @@ __all__ = [
     "couplings",
     "dsm_loss",
     "named",
+    "posthoc",
     "preconditioning",
     "times",
+    "train",
     "weights",
 ]
