@@ -181,7 +181,7 @@ def test_ten_kills_at_random_moments_lose_nothing(tmp_path: Path) -> None:
                 train(flow(width=16), DATA, **options(out, resume=True, steps=160))
             finally:
                 os._exit(0)
-        time.sleep(chance.uniform(0.0, 0.15) * took)
+        time.sleep(chance.uniform(0.0, 0.09) * took)
         os.kill(child, signal.SIGKILL)
         killed += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert killed >= 5
