@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import csv
-import hashlib
 import io
 import os
 import re
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 from flowsolve.flow import Flow
 from flowsolve.training import times
 from flowsolve.training.objective import Objective
+from flowsolve.training.pairing import digest
 from flowsolve.training.trainer import Trainer
 from flowsolve.transforms import Transform
 
@@ -287,9 +287,5 @@ def _plain(value: Any) -> str:
 
 
 def _digest(value: Any) -> str | None:
-    """A tensor by its shape, dtype and content; a function by its name."""
-    if not isinstance(value, Tensor):
-        return None if value is None else _plain(value)
-    content = value.detach().cpu().contiguous().reshape(-1)
-    held = hashlib.sha256(content.view(torch.uint8).numpy().data if content.numel() else b"")
-    return f"{tuple(value.shape)} {value.dtype} {held.hexdigest()[:24]}"
+    """A tensor by its content, a function by its name."""
+    return None if value is None else digest(value) if isinstance(value, Tensor) else _plain(value)
