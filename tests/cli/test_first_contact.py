@@ -20,7 +20,7 @@ from flowsolve._version import __version__
 pytest.importorskip("typer")
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("demo", "inspect", "nll", "sample", "train")
+COMMANDS = ("demo", "inspect", "nll", "reflow", "sample", "train")
 HELP = """
 import runpy, sys
 for arguments in [["--version"], ["--help"], [], *[[c, "--help"] for c in sys.argv[1:]], ["--show-completion", "bash"]]:
