@@ -2,7 +2,8 @@
 
 OUT/round-1, round-2, … are diffusers directories, each trained on pairs of the one before it; OUT/distilled, if asked
 for, is the last one trained for k steps. OUT/reflow.json and reflow.png have, for each, the straightness and the error
-of 1, 2, 4 and 8 Euler steps against the ends of its own trajectories. Stopped at any point, the same command goes on.
+of 1, 2, 4 and 8 Euler steps against the ends of its own trajectories, the distilled one's against those of the flow
+that it was distilled from. Stopped at any point, the same command goes on.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from flowsolve.flow import Flow
     from flowsolve.training import Pairs
 
-__all__ = ["Plan", "carry_out", "reflow"]
+__all__ = ["Plan", "carry_out", "draw", "reflow"]
 
 EVERY = 500  # steps between saves of the full state
 SHARD = 256  # pairs made at once
@@ -72,9 +73,13 @@ def carry_out(plan: Plan, out: Path, *, progress: bool = False) -> dict[str, Any
     rows = {row["name"]: row for row in record["flows"]}
     names = [f"round-{r}" for r in range(1, plan.rounds + 1)] + (["distilled"] if plan.distil else [])
     for round_, name in enumerate(("source", *names)):
+        teacher = flow
         if round_:
-            flow = _student(plan, root, out, name, flow, classes, progress)
-        made = _pairs(plan, out / "pairs" / name, flow, classes, solver, round_, progress, full=name != "distilled")
+            flow = _student(plan, root, out, name, teacher, classes, progress)
+        whole = name != "distilled"
+        made = _pairs(
+            plan, out / "pairs" / name, flow if whole else teacher, classes, solver, round_, progress, full=whole
+        )
         if name not in rows:
             rows[name] = {"name": name, **_measure(flow, made, plan)}
             record["flows"] = [rows[n] for n in ("source", *names) if n in rows]
@@ -130,7 +135,7 @@ def _conditions(classes: int, n: int) -> dict[str, Tensor]:
 def _pairs(
     plan: Plan, folder: Path, flow: Flow, classes: int, solver: Any, round_: int, progress: bool, full: bool
 ) -> Pairs:
-    """The pairs of a flow; of the last one only those that it is measured on."""
+    """The pairs of a flow, or only those that another is measured on."""
     from flowsolve.training import pairs
 
     unet = cast(Any, cast("nn.Module", flow.net).unet)
@@ -210,7 +215,7 @@ def _measure(flow: Flow, made: Pairs, plan: Plan) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _draw(record: dict[str, Any], file: Path) -> None:
+def draw(record: dict[str, Any], file: Path) -> None:
     """The error of k Euler steps, a line for each flow."""
     from flowsolve._optional import require
 
@@ -247,7 +252,7 @@ def reflow(
     with one_line("reflow", out):
         record = carry_out(plan, out, progress=progress)
         if plot:
-            _draw(record, out / "reflow.png")
+            draw(record, out / "reflow.png")
     say(f"{'flow':<12} {'straightness':>18}   rms error of {', '.join(map(str, STEPS))} Euler steps")
     for row in record["flows"]:
         errors = "  ".join(f"{row['euler'][str(k)]['rms']:.4f}" for k in STEPS)
