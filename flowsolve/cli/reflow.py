@@ -225,8 +225,14 @@ def draw(record: dict[str, Any], file: Path) -> None:
         values = [row["euler"][str(k)] for k in STEPS]
         label = f"{row['name']}, straightness {row['straightness']:.3g}"
         axes.errorbar(STEPS, [v["rms"] for v in values], [v["stderr"] for v in values], marker="o", label=label)
-    axes.set(xscale="log", yscale="log", xlabel="Euler steps", ylabel="rms error per dimension", xticks=STEPS)
-    axes.set_xticklabels([str(k) for k in STEPS])
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="Euler steps",
+        ylabel="rms error per dimension",
+    )
+    axes.set_xticks(STEPS, [str(k) for k in STEPS])
+    axes.set_xticks([], minor=True)
     axes.legend(fontsize="small")
     figure.savefig(file, dpi=120)
 

@@ -118,7 +118,7 @@ def dsm_loss(
 
 def _objective(target: str | Prediction | None, t: Times, weight: Weights) -> tuple[Objective, float | Tensor | None]:
     """The objective of a call, and its times where they are given; functions are what their keyword says."""
-    given = t is None or isinstance(t, Tensor | float | int)
+    given = not (callable(t) or isinstance(t, Density | Weight)) or isinstance(t, Tensor)
     if not given and callable(t) and not isinstance(t, Density | Weight):
         t = times.Drawn(t)
     if weight is not None and callable(weight) and not isinstance(weight, Density | Weight):

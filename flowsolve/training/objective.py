@@ -296,16 +296,17 @@ class Objective:
             float64 of that shape; 0 outside the path's window.
         """
         path = flow.path
-        lam = torch.as_tensor(log_snr, dtype=torch.float64).cpu()
+        shape = torch.as_tensor(log_snr).shape
+        lam = torch.as_tensor(log_snr, dtype=torch.float64).cpu().reshape(-1)
         first, last = path.window
         inside = (lam > path.log_snr(first)) & (lam < path.log_snr(last))
         t = path.time(torch.where(inside, lam, torch.full_like(lam, path.log_snr(0.5 * (first + last)))))
         point = path.at(t)
         density = torch.full_like(t, 1.0 / (last - first)) if self.importance else self.time.pdf(t, path)
         with torch.no_grad():
-            factor = torch.as_tensor(self.weight(point)).to("cpu", torch.float64).reshape(t.shape)
+            factor = torch.as_tensor(self.weight(point)).cpu().double()
         found = density * factor * weights.error_ratio(self.row(flow), point) ** 2 / point.log_snr_dot
-        return torch.where(inside, found, torch.zeros_like(found))
+        return torch.where(inside, found, torch.zeros_like(found)).reshape(shape)
 
 
 def _squared(predicted: Tensor, draw: Draw) -> Tensor:

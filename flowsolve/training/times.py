@@ -339,7 +339,7 @@ class Learned(UnitDensity):
         """Learn from a batch: flow times and losses (weighted, before division by the pdf), each of shape (B,)."""
         where = self._bin(_share(t, path))
         count = torch.zeros_like(self.count).index_add_(0, where, torch.ones(len(where), dtype=torch.float64))
-        total = torch.zeros_like(self.square).index_add_(0, where, loss.detach().to("cpu", torch.float64).square())
+        total = torch.zeros_like(self.square).index_add_(0, where, loss.detach().cpu().double().square())
         seen = count > 0
         # a running mean until the memory is full, an exponential one from then on
         rate = torch.maximum(count / (self.count + count).clamp_min(1.0), (count / self.memory).clamp_max(1.0))

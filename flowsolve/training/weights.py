@@ -199,7 +199,7 @@ class LearnedLogVariance(nn.Module, Weight):
 
     def forward(self, point: Point) -> Any:
         v = torch.exp(-self.log_variance(point))
-        return torch.as_tensor(self.base(point)).to(v.device) * v
+        return torch.as_tensor(self.base(point)).to(v) * v
 
     def offset(self, point: Point) -> Any:
         return self.log_variance(point)

@@ -94,6 +94,20 @@ def test_pairs_are_valid_and_reproducible(name: str) -> None:
 
 
 @needs_pot
+@every
+def test_any_device(name: str, device: torch.device) -> None:
+    """Plans are made on the host; the pairs stay where the data are, and are those of the host."""
+    noise, data = batch(32, (1, 4), dtype=torch.float32)
+    labels = torch.arange(32) % 2
+    here = ALL[name].pair(noise, data, labels=labels, generator=rng(1)).apply(noise, data)
+    there = noise.to(device), data.to(device)
+    found = ALL[name].pair(*there, labels=labels.to(device), generator=rng(1)).apply(*there)
+    for a, b in zip(here, found, strict=True):
+        assert b.device.type == device.type
+        torch.testing.assert_close(a, b.cpu())
+
+
+@needs_pot
 def test_sinkhorn_keeps_both_marginals_and_lies_between() -> None:
     """Each source point is used once on average; ε → 0 is the exact plan, ε → ∞ independent pairs."""
     noise, data = batch(40)

@@ -163,6 +163,17 @@ def same(first: list[Tensor], second: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def test_any_device(device: torch.device, tmp_path: Path) -> None:
+    """Everything that has a state, with data on the host and the network on the device; and resumed."""
+    made = flow(width=16)
+    assert isinstance(made.net, nn.Module)
+    made.net.to(device)
+    first = train(made, DATA, **options(tmp_path, steps=9))
+    assert all(p.device.type == device.type for p in ends(first))
+    again = train(made, DATA, **options(tmp_path, steps=9, resume=True))
+    assert same(ends(first), ends(again))
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_ten_kills_at_random_moments_lose_nothing(tmp_path: Path) -> None:
     """SIGKILL, also in the middle of a save: the resumed run ends in the bits of one that was never touched."""

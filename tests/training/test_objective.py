@@ -150,6 +150,9 @@ def test_the_losses_are_instances_of_the_objective() -> None:
             (dsm_loss, Objective()),
         ):
             assert torch.equal(loss(flow, data, generator=rng(1)), objective(flow, data, generator=rng(1)))
+        for t in ([0.2] * 16, np.full(16, 0.2), np.float64(0.2)):
+            as_listed = cfm_loss(flow, data, t=t, generator=rng(1))  # type: ignore[arg-type]
+            assert torch.equal(as_listed, cfm_loss(flow, data, t=0.2, generator=rng(1)))
         by_name = dsm_loss(flow, data, target="noise", weight=weights.min_snr(), generator=rng(2))
         assert torch.equal(by_name, named.min_snr()(flow, data, generator=rng(2)))
 
@@ -233,6 +236,8 @@ def test_equal_effective_weights() -> None:
         named.flow_matching().effective_weight(straight, lam), torch.exp(-lam), rtol=1e-9, atol=0
     )
     assert float(named.ddpm().effective_weight(vp, torch.tensor(-50.0))) == 0.0
+    for objective in (named.ddpm(), named.edm2(), Objective("noise", weight=weights.Own(lambda p: 2.0))):
+        assert objective.effective_weight(vp, torch.zeros(2, 3)).shape == (2, 3)
 
 
 @pytest.mark.parametrize("target", ["velocity", "noise", "score", "data"])
