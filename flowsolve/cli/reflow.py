@@ -49,13 +49,14 @@ class Plan:
     seed: int
 
 
-def carry_out(plan: Plan, out: Path, *, progress: bool = False) -> dict[str, Any]:
+def carry_out(plan: Plan, out: Path, *, progress: bool = False, device: str | None = None) -> dict[str, Any]:
     """Do what is left of a plan.
 
     Args:
         plan: what to do.
         out: the directory; empty, absent, or of the same plan.
         progress: show bars.
+        device: where to do it; by default CUDA where there is one.
 
     Returns:
         What is written to reflow.json: the plan, and a row for each flow.
@@ -68,14 +69,14 @@ def carry_out(plan: Plan, out: Path, *, progress: bool = False) -> dict[str, Any
 
     root = adapters.bundled(plan.source) if plan.source in adapters.BUNDLED else Path(plan.source)
     record = _begun(plan, out)
-    flow, classes = _opened(root)
+    flow, classes = _opened(root, device)
     solver: Any = plan.solver if plan.solver == "auto" else solver_of(plan.solver)
     rows = {row["name"]: row for row in record["flows"]}
     names = [f"round-{r}" for r in range(1, plan.rounds + 1)] + (["distilled"] if plan.distil else [])
     for round_, name in enumerate(("source", *names)):
         teacher = flow
         if round_:
-            flow = _student(plan, root, out, name, teacher, classes, progress)
+            flow = _student(plan, root, out, name, teacher, progress, device)
         whole = name != "distilled"
         made = _pairs(
             plan, out / "pairs" / name, flow if whole else teacher, classes, solver, round_, progress, full=whole
@@ -112,13 +113,13 @@ def _write(file: Path, record: dict[str, Any]) -> None:
     part.replace(file)
 
 
-def _opened(root: Path) -> tuple[Flow, int]:
+def _opened(root: Path, device: str | None) -> tuple[Flow, int]:
     """The flow of a directory, and how many classes it is conditioned on."""
     import torch
 
     from flowsolve import adapters
 
-    flow = adapters.load(root, device="cuda" if torch.cuda.is_available() else "cpu")
+    flow = adapters.load(root, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
     unet = getattr(flow.net, "unet", None)
     if type(unet).__name__ != "UNet2DModel" or not (root / "scheduler").is_dir():
         raise ValueError(f"{root} is no diffusers directory of a UNet2DModel, such as `flowsolve train` writes")
@@ -148,7 +149,7 @@ def _pairs(
     )  # fmt: skip
 
 
-def _student(plan: Plan, root: Path, out: Path, name: str, teacher: Flow, classes: int, progress: bool) -> Flow:
+def _student(plan: Plan, root: Path, out: Path, name: str, teacher: Flow, progress: bool, device: str | None) -> Flow:
     """A flow trained on the pairs of its teacher: read where it is finished, trained where it is not."""
     import shutil
 
@@ -186,7 +187,7 @@ def _student(plan: Plan, root: Path, out: Path, name: str, teacher: Flow, classe
         )
         (folder / "training.pt").unlink(missing_ok=True)
         shutil.rmtree(folder / "snapshots", ignore_errors=True)
-    return _opened(folder)[0]
+    return _opened(folder, device)[0]
 
 
 def _measure(flow: Flow, made: Pairs, plan: Plan) -> dict[str, Any]:
@@ -250,13 +251,14 @@ def reflow(
     solver: Annotated[str, typer.Option(help="What makes the pairs, as in dopri5:rtol=1e-4,atol=1e-4.")] = "auto",
     nfe: Annotated[int, typer.Option(min=1, help="Evaluations a pair.")] = 30,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise and of every step.")] = 0,
+    device: Annotated[str | None, typer.Option(help="Device; by default CUDA where there is one.")] = None,
     plot: Annotated[bool, typer.Option(help="Draw reflow.png.")] = True,
     progress: Annotated[bool, typer.Option(help="Show progress bars.")] = True,
 ) -> None:
     """Straighten a flow on pairs that it makes itself; stopped at any point, the same command goes on."""
     plan = Plan(source, pairs, rounds, distil, steps, batch, lr, ema_decay, solver, nfe, seed)
     with one_line("reflow", out):
-        record = carry_out(plan, out, progress=progress)
+        record = carry_out(plan, out, progress=progress, device=device)
         if plot:
             draw(record, out / "reflow.png")
     say(f"{'flow':<12} {'straightness':>18}   rms error of {', '.join(map(str, STEPS))} Euler steps")

@@ -77,7 +77,9 @@ class Recipe:
     clip: float = 1.0
 
 
-def fit(recipe: Recipe, out: Path, *, resume: bool = False, progress: bool = False) -> dict[str, Any]:
+def fit(
+    recipe: Recipe, out: Path, *, resume: bool = False, progress: bool = False, device: str | None = None
+) -> dict[str, Any]:
     """Train a recipe and write the directory.
 
     Args:
@@ -86,6 +88,7 @@ def fit(recipe: Recipe, out: Path, *, resume: bool = False, progress: bool = Fal
             full state.
         resume: continue from training.pt, to the weights of an uninterrupted run.
         progress: show a bar.
+        device: where to train; by default CUDA where there is one.
 
     Returns:
         What is written to training.json: the recipe, versions, parameters and losses.
@@ -119,8 +122,7 @@ def fit(recipe: Recipe, out: Path, *, resume: bool = False, progress: bool = Fal
         torch.manual_seed(recipe.seed)
         flow = as_flow(_unet(diffusers, recipe, data.train.images.shape, count), scheduler)
     flow.transform = Range(-1.0, 1.0, levels=data.levels)
-    if torch.cuda.is_available():
-        cast("nn.Module", flow.net).cuda()
+    cast("nn.Module", flow.net).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     trained = training.train(
         flow,
@@ -274,6 +276,7 @@ def train(
     ] = 0.1,
     accumulate: Annotated[int, typer.Option(min=1, help="Batches a step.")] = 1,
     clip: Annotated[float, typer.Option(min=0.0, help="Largest norm of the gradient; 0 leaves it alone.")] = 1.0,
+    device: Annotated[str | None, typer.Option(help="Device; by default CUDA where there is one.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the unfinished run in --out.")] = False,
     progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
 ) -> None:
@@ -285,8 +288,8 @@ def train(
         classes, class_dropout, accumulate, clip,
     )  # fmt: skip
     try:
-        record = fit(recipe, out, resume=resume, progress=progress)
-    except (ValueError, OSError, ImportError) as error:
+        record = fit(recipe, out, resume=resume, progress=progress, device=device)
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         failed("flowsolve train", error)
         raise typer.Exit(1) from None
     say(f"{out}: {record['parameters']:,} parameters, {steps} steps, loss {json.dumps(record['loss'])}")

@@ -27,6 +27,7 @@ The plans are computed by scipy (`Exact`) and POT (`Sinkhorn`, `Unbalanced`) on 
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,9 @@ from flowsolve._batch import rows, state_dtype
 from flowsolve._optional import require
 
 __all__ = ["ByLabel", "Coupling", "Exact", "Fixed", "Independent", "Pairing", "Sinkhorn", "Unbalanced", "cost"]
+
+UNEVEN = 0.1
+"""How far a source point may be from being used once on average before a plan is said not to have converged."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,14 @@ class Sinkhorn(Coupling):
             return Pairing()
         costs = _costs(source, data)
         plan = _plan("sinkhorn", costs, _scale(self.regularisation, costs, self.relative), self.iterations)
+        used = (plan / plan.sum(1, keepdims=True)).sum(0)  # how often each source point is used, on average
+        if np.abs(used - 1.0).max() > UNEVEN:
+            warnings.warn(
+                f"{self.iterations} iterations of Sinkhorn are too few for regularisation {self.regularisation:g}: "
+                f"source points are used {used.min():.2f} to {used.max():.2f} times; raise iterations= or regularisation=",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         return Pairing(_draw(torch.from_numpy(plan), 1, generator)[:, 0])
 
 

@@ -135,6 +135,8 @@ def test_sinkhorn_keeps_both_marginals_and_lies_between() -> None:
     assert exact - 1e-9 <= found[0] <= 1.05 * exact
     assert found == sorted(found)
     assert found[3] == pytest.approx(every_pair, rel=0.05)
+    with pytest.warns(RuntimeWarning, match="2 iterations of Sinkhorn are too few"):
+        couplings.Sinkhorn(0.005, iterations=2).pair(noise, data, generator=rng())
     absolute = couplings.Sinkhorn(0.1 * every_pair, relative=False)
     assert cost(absolute) == pytest.approx(found[1], rel=1e-9)
 

@@ -264,6 +264,29 @@ def test_least_squares_on_a_rich_basis_reaches_the_exact_field(path: Path, targe
     assert float((basis(where) @ best - exact).abs().max()) < 2e-3 * float(exact.abs().max())
 
 
+NAMED: dict[str, Callable[[], Objective]] = {
+    **OBJECTIVES,
+    "EDM2": named.edm2,
+    "OT": named.ot_flow_matching,
+    "rectified flow": named.rectified_flow,
+    "SD3 uniform": lambda: named.sd3("uniform"),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+@path_cases
+def test_every_name_serves_every_path_and_prediction(path: Path, name: str) -> None:
+    if name == "OT":
+        pytest.importorskip("scipy")
+    data = MIXTURE.sample(64)
+    source = torch.randn(64, 1, generator=rng(9), dtype=F64) if name == "rectified flow" else None
+    for prediction in PREDICTIONS:
+        flow = Flow(Field(path), path, prediction)
+        loss = NAMED[name]()(flow, data, noise=source, generator=rng())
+        (slope,) = torch.autograd.grad(loss, flow.net.theta)  # type: ignore[union-attr]
+        assert bool(slope.isfinite().all())
+
+
 def test_densities_and_weights_cannot_be_confused() -> None:
     with pytest.raises(TypeError, match=r"weight is .*; it is a time; expected a weight"):
         Objective(weight=times.cosmap)  # type: ignore[arg-type]
