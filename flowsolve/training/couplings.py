@@ -155,7 +155,7 @@ class Sinkhorn(Coupling):
         if np.abs(used - 1.0).max() > UNEVEN:
             warnings.warn(
                 f"{self.iterations} iterations of Sinkhorn are too few for regularisation {self.regularisation:g}: "
-                f"source points are used {used.min():.2f} to {used.max():.2f} times; raise iterations= or regularisation=",
+                f"source points are used {used.min():.2f} to {used.max():.2f} times; raise iterations= or the other",
                 RuntimeWarning,
                 stacklevel=2,
             )
