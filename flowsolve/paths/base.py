@@ -144,6 +144,10 @@ class Path:
             return 0.0 if lam <= lo else 1.0
         return min(max(float(self._time(lam, math)), 0.0), 1.0)
 
+    def time_of_share(self, share: T) -> T:
+        """The flow time at which α/(α+σ) is the given share, in [0, 1]: the clock of the straight chart."""
+        return self.time(saturating_log(share) - saturating_log(1.0 - share))  # type: ignore[no-any-return]
+
     def native_time(self, t: T) -> T:
         """The clock the network was trained with, at flow time t."""
         return cast(T, self._to_native(_wide(t)))
