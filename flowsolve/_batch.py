@@ -18,6 +18,7 @@ __all__ = [
     "Context",
     "Whose",
     "choose",
+    "hosted",
     "linear",
     "per_sample",
     "rows",
@@ -43,6 +44,13 @@ def send(v: Tensor, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     (A copy from pageable memory has read it when the call returns; the other way round it would not be safe.)
     """
     return v.to(device=like.device, dtype=dtype or v.dtype, non_blocking=v.is_cpu)
+
+
+def hosted(v: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor as it is and where it is; numbers as a tensor of the host, whatever torch's default device."""
+    if isinstance(v, Tensor):
+        return v if dtype is None else v.to(dtype)
+    return torch.as_tensor(v, dtype=dtype, device="cpu")
 
 
 def per_sample(c: Any, x: Tensor) -> Any:

@@ -82,7 +82,7 @@ def sample(
 
     def chunks() -> Iterator[Chunk]:
         for first in range(0, total, batch):
-            part = whole.select(torch.arange(first, min(total, first + batch)))
+            part = whole.select(torch.arange(first, min(total, first + batch), device="cpu"))
             blank = state(torch.empty((len(part.samples), *event), device=place, dtype=dtype))
             start = part.normal(START, 0, blank) * flow.path.prior_std
             yield Chunk(start, rows_of(given, part.samples), part.samples)

@@ -222,7 +222,7 @@ def captured(plan: Static, x: Tensor, cond: Any, samples: Tensor, record: Record
     cond = dict(cond)
     seed = torch.tensor((plan.seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=x.device)  # its lowest 64 bits
     tensors, constants = split(cond)
-    column = torch.tensor(clock_of(plan.flow, plan.asked), dtype=torch.float64)
+    column = torch.tensor(clock_of(plan.flow, plan.asked), dtype=torch.float64, device="cpu")
     inputs = [v.to(x.device) for v in (x.contiguous(), samples, seed, column, *tensors)]
     with recorded(plan.flow, (plan.key(), constants), body(plan, cond), inputs, record) as replay:
         final, magnitudes = replay(inputs)

@@ -87,7 +87,9 @@ def check(
     """
     path, given = flow.path, arguments(cond, more, len(data))
     data = data.to(state_dtype(data))
-    noise = torch.randn(data.shape, generator=torch.Generator().manual_seed(seed), dtype=data.dtype).to(data.device)
+    noise = torch.randn(data.shape, generator=torch.Generator().manual_seed(seed), dtype=data.dtype, device="cpu").to(
+        data.device
+    )
     times = sorted({path.time(v) for v in LOG_SNRS} - {0.0, 1.0}) or [0.5]
     rows: dict[str, Prediction] = {**PREDICTIONS, flow.prediction.name: flow.prediction}
     rows |= {f"minus {name}": _negative(p) for name, p in rows.items() if name in ("noise", "velocity", "v")}

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowsolve._batch import linear, send, state_dtype
+from flowsolve._batch import hosted, linear, send, state_dtype
 from flowsolve._surroundings import array
 from flowsolve.charts import Chart
 from flowsolve.drivers import Ask
@@ -105,7 +105,7 @@ class Estimator:
         when = state_dtype(y) if flow.dtype is None else torch.promote_types(flow.dtype, torch.float32)
         native: Any = None
         if self._direct:
-            native = torch.as_tensor(flow.clock(times.flatten())).reshape(clock.shape)
+            native = hosted(flow.clock(times.flatten())).reshape(clock.shape)
             if when is y.dtype:
                 sent = [native.to(torch.float64), *sent]
         if sent:

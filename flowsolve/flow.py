@@ -320,7 +320,7 @@ def clocked(flow: Flow, times: Sequence[float], x: Tensor) -> Iterator[None]:
         yield
         return
     natives = clock_of(flow, times)
-    with tabled(natives, send(torch.tensor(natives, dtype=torch.float64), x, state_dtype(x)), x):
+    with tabled(natives, send(torch.tensor(natives, dtype=torch.float64, device="cpu"), x, state_dtype(x)), x):
         yield
 
 

@@ -238,7 +238,7 @@ def nudged(ask: Ask, y: Tensor, t: Any, h: Tensor, context: Any) -> Tensor:
     """y after a step of no length from time t, a number or a tensor; h is 0, with derivatives (see `shift`)."""
     far, near = h.to("cpu", torch.float64), h.to(y.device, y.dtype)
     t = t.to("cpu", torch.float64) if isinstance(t, Tensor) else t
-    whole = torch.zeros(len(y), dtype=torch.float64)
+    whole = torch.zeros(len(y), dtype=torch.float64, device="cpu")
     slope = ask(Query(y, whole + t), context)
     slope = ask(Query(y + 0.5 * near * slope, whole + (t + 0.5 * far)), context)
     moved: Tensor = y + near * slope

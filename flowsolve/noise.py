@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowsolve import kernels
+from flowsolve._batch import hosted
 from flowsolve.kernels.philox import MASK, gaussian, philox, words
 
 __all__ = ["BOUND", "BROWNIAN", "DEQUANTIZE", "PROBE", "START", "STEP", "Noise", "Seed", "interval", "philox"]
@@ -72,7 +73,7 @@ class Noise:
         """
         own = _seeds(seed)
         counted = isinstance(samples, int) and samples >= 0
-        numbers = torch.arange(samples) if counted else torch.as_tensor(samples).cpu()  # type: ignore[arg-type]
+        numbers = torch.arange(samples, device="cpu") if counted else hosted(samples).cpu()  # type: ignore[arg-type]
         whole = not (numbers.is_floating_point() or numbers.is_complex()) or not numbers.numel()
         if not whole or numbers.ndim != 1 or bool(((numbers < 0) | (numbers > MASK)).any()):
             raise ValueError(f"samples = {samples!r}; expected a count, or a flat list of integers in [0, 2**32)")
@@ -82,7 +83,7 @@ class Noise:
         if len(own) != len(numbers):
             raise ValueError(f"{len(own)} seeds for {len(numbers)} samples; expected one a sample, or a single int")
         key = [[s & MASK, (s >> 32) & MASK] for s in own]
-        pairs = torch.tensor(key, dtype=torch.int64).reshape(-1, 2)
+        pairs = torch.tensor(key, dtype=torch.int64, device="cpu").reshape(-1, 2)
         return cls(0, torch.cat(((numbers.new_zeros(len(own)) if counted else numbers).unsqueeze(1), pairs), 1))
 
     @classmethod

@@ -174,7 +174,9 @@ def solve(
     if t_eval is None:
         solution = replace(solution, x=layout.unpack(states[-1]))
     else:
-        solution = replace(solution, x=layout.unpack(states, lead=1), t_eval=torch.tensor(stops, dtype=torch.float64))
+        solution = replace(
+            solution, x=layout.unpack(states, lead=1), t_eval=torch.tensor(stops, dtype=torch.float64, device="cpu")
+        )
     return solution.raise_on_failure() if throw else solution
 
 
@@ -220,8 +222,8 @@ def trajectory(
     end, count = stops[-1], len(y)
     wanted = stops if dense else [end]
     if count == 0 or start == end:
-        zero = torch.zeros(count, dtype=torch.int64)
-        there = torch.full((count,), start, dtype=torch.float64)
+        zero = torch.zeros(count, dtype=torch.int64, device="cpu")
+        there = torch.full((count,), start, dtype=torch.float64, device="cpu")
         return y.expand(len(wanted), *y.shape), Solution(y, zero, zero, zero, zero, there)
     if isinstance(solver, Foreign):
         assert not isinstance(budget, Metered)
@@ -324,7 +326,7 @@ def _adjoint(
     one = context.select(np.zeros(1, dtype=np.int64))
     with torch.enable_grad():
         ends = [(y[:1].detach(), start), (states[-1][:1].detach(), stops[-1])]
-        slopes = [ask(Query(x, torch.full((1,), s, dtype=torch.float64)), one.tree) for x, s in ends]
+        slopes = [ask(Query(x, torch.full((1,), s, dtype=torch.float64, device="cpu")), one.tree) for x, s in ends]
     assert isinstance(solver, RungeKutta)
     parameters = parameters_of(functions, slopes)
     problem = Backsolve(solver, ask, context, start, list(stops) if dense else [stops[-1]], intervals, parameters)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flowsolve import attempts, charts, grids
 from flowsolve._arguments import check_gradient, check_grid, check_solver, state
-from flowsolve._batch import Context, choose, rows
+from flowsolve._batch import Context, choose, hosted, rows
 from flowsolve._surroundings import plain
 from flowsolve.capture import agrees, captured, hopeless, pays, prove, proven, refuse_foreign, require_cuda
 from flowsolve.charts import Chart
@@ -334,7 +334,9 @@ class Passage:
     def _seen(self, solution: Solution, states: Sequence[Tensor]) -> Solution:
         """The solution with the states at the stops."""
         return replace(
-            solution, t_eval=torch.tensor(self.stops, dtype=torch.float64), trajectory=torch.stack(list(states))
+            solution,
+            t_eval=torch.tensor(self.stops, dtype=torch.float64, device="cpu"),
+            trajectory=torch.stack(list(states)),
         )
 
     @property
@@ -360,7 +362,7 @@ class Passage:
         path = self.flow.path
         if self.charted:
             arrived, clock = self.ruler.clock(path, self.last), solution.t
-            reached = torch.where(clock == arrived, self.last, torch.as_tensor(self.ruler.time(path, clock)))
+            reached = torch.where(clock == arrived, self.last, hosted(self.ruler.time(path, clock)))
             solution = replace(solution, x=scaled(self.ruler.scale(path.at(reached)), solution.x), t=reached)
         if self.closing is not None and (self.charted or not self.capture):  # else it is in the recording
             solution = self._closed(solution, context, self.closing)

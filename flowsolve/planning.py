@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from flowsolve import grids
+from flowsolve._batch import hosted
 from flowsolve.charts import Chart
 from flowsolve.flow import Flow
 from flowsolve.grids import At, Grid, Spacing, Timesteps
@@ -251,7 +252,7 @@ def allowance(nfe: int | None, flow: Flow, ruler: Chart, last: float | None = No
         return (estimates(nfe, flow) or 0) - (last is not None)
 
     def price(times: NDArray[np.float64]) -> NDArray[np.int64]:
-        total: NDArray[np.int64] = flow.cost(torch.as_tensor(ruler.time(flow.path, torch.from_numpy(times)))).sum(0)
+        total: NDArray[np.int64] = flow.cost(hosted(ruler.time(flow.path, torch.from_numpy(times)))).sum(0)
         return total
 
     return Metered(budget - kept, price, flow.nfe_range[1])
@@ -298,7 +299,7 @@ def costs(solver: Solver, flow: Flow, steps: Sequence[tuple[float, float, int]],
     if not varies(flow):
         return [n * flow.nfe_per_call for _, _, n in steps]
     step, spent = solver.on(flow.path, chart, steps), []
-    state = State(torch.zeros(1, 1, dtype=torch.float64), Noise.for_batch(0, 1))
+    state = State(torch.zeros(1, 1, dtype=torch.float64, device="cpu"), Noise.for_batch(0, 1))
     total = 0
 
     def nothing(query: Query) -> Any:

@@ -202,8 +202,8 @@ def _rebatched(job: Job, chunks: Iterator[Chunk], width: int, progress: bool) ->
 
 
 def _nothing(y: Tensor) -> Solution:
-    whole = torch.zeros(0, dtype=torch.int64)
-    return Solution(y, whole, whole, whole, whole, torch.zeros(0, dtype=torch.float64))
+    whole = torch.zeros(0, dtype=torch.int64, device="cpu")
+    return Solution(y, whole, whole, whole, whole, torch.zeros(0, dtype=torch.float64, device="cpu"))
 
 
 def numbered(chunks: Iterable[Any], cond: Mapping[str, Any]) -> Iterator[Chunk]:
@@ -216,7 +216,7 @@ def numbered(chunks: Iterable[Any], cond: Mapping[str, Any]) -> Iterator[Chunk]:
                 f"the source gave a {type(item).__name__}; expected tensors of shape (n, *S), or pairs of one and the "
                 "network's keyword arguments"
             )
-        numbers = torch.arange(first, first + len(x))
+        numbers = torch.arange(first, first + len(x), device="cpu")
         yield Chunk(x, {**rows_of(cond, numbers), **settled(own, len(x))}, numbers)
         first += len(x)
 

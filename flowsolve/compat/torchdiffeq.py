@@ -417,7 +417,7 @@ class _Layout:
         self.shapes = [leaf.shape for leaf in leaves]
         self.sizes = [leaf.numel() for leaf in leaves]
         self.dtype = reduce(torch.promote_types, (leaf.dtype for leaf in leaves))  # what func is given and we return
-        self.wide = state_dtype(torch.empty(0, dtype=self.dtype))
+        self.wide = state_dtype(torch.empty(0, dtype=self.dtype, device="cpu"))
 
     def pack(self, values: Any) -> Tensor:
         """A state, or a slope, as one row."""

@@ -401,7 +401,7 @@ def probe() -> None:
     """Compile, or load, what small states need; raise if that cannot be done."""
     ones, first = np.ones((1, 1)), np.zeros(1, dtype=np.int64)
     for dtype in DTYPES:
-        v = torch.ones(1, 3, dtype=dtype)
+        v = torch.ones(1, 3, dtype=dtype, device="cpu")
         step = plan(v)
         step[FIRST] = v.data_ptr()
         error_norm(v, step, ones[0], first, ones, advance(v, step, ones[0], first, ones), 1.0, 1.0, largest)

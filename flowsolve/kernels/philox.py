@@ -111,7 +111,7 @@ def words(samples: Tensor, key: tuple[Any, Any], stream: int, intervals: Sequenc
     if len(intervals) == 1:  # without sending a tensor to the device
         c1, c3 = samples.new_full((1, 1, 1), low[0]), samples.new_full((1, 1, 1), high[0])
     else:
-        c1, c3 = torch.tensor([low, high]).to(device, non_blocking=True).view(2, -1, 1, 1).unbind(0)
+        c1, c3 = torch.tensor([low, high], device="cpu").to(device, non_blocking=True).view(2, -1, 1, 1).unbind(0)
     counter = (torch.arange(blocks, device=device), c1, samples, c3)
     return torch.stack(philox(counter, key), dim=-1).flatten(2)
 

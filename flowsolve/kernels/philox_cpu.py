@@ -284,8 +284,8 @@ def normals(
 
 def probe() -> None:
     """Compile, or load, what small tensors need; raise if that cannot be done or a number is wrong."""
-    table = torch.tensor([[3, 1, 2]])
+    table = torch.tensor([[3, 1, 2]], device="cpu")
     for dtype in FORMATS:
-        found = normals(table, 0, 5, 1.0, torch.empty(1, 3, dtype=dtype)).tolist()[0]
+        found = normals(table, 0, 5, 1.0, torch.empty(1, 3, dtype=dtype, device="cpu")).tolist()[0]
         if not np.allclose(found, KNOWN, atol=1e-4):
             raise RuntimeError(f"the first normals of an interval came to {found}; expected {KNOWN}")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flowsolve import grids
 from flowsolve._arguments import state
-from flowsolve._batch import Context, rows
+from flowsolve._batch import Context, hosted, rows
 from flowsolve.capture import require_cuda
 from flowsolve.drivers import settle
 from flowsolve.flow import Flow
@@ -258,7 +258,7 @@ class Along:
     def _looked(self, curve: Curve, shape: Any, tree: Any) -> tuple[Curve, list[Tensor]]:
         """The curve after the second looks, for the samples that they bring closer to a solution; and their times."""
         first, again = curve.worst(self.repeats), curve
-        times, looked = torch.tensor(self.rule.times, dtype=torch.float64), []
+        times, looked = torch.tensor(self.rule.times, dtype=torch.float64, device="cpu"), []
         for k in (first + i for i in range(self.repeats)):
             x, t = again.approach(k), times[torch.from_numpy(k)]
             estimate, trace = self._ask(x.reshape(shape), t, tree)
@@ -329,7 +329,7 @@ class Along:
         times = [*self.rule.times[:: -1 if self.samples else 1], self.end]
         looked = torch.stack([*magnitudes, largest(found[:, :-1].detach())])
         settled = settle(found, looked, times, self.start, 0, len(self.intervals))
-        return replace(settled, nfe=settled.nfe + torch.as_tensor(spent))
+        return replace(settled, nfe=settled.nfe + hosted(spent))
 
     def leave(self, solution: Solution, context: Context) -> LogProb:
         """The parts of the rows that `run` gave."""

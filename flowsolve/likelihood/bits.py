@@ -147,7 +147,7 @@ def bits_per_dim(
     options |= {name: value for name, value in (("solver", solver), ("interval", interval)) if value is not None}
 
     alpha, size = flow.path.alpha(start), math.prod(k.shape[1:])
-    weights, probes, errors, nfe = [], [], [], torch.zeros(len(k), dtype=torch.int64)
+    weights, probes, errors, nfe = [], [], [], torch.zeros(len(k), dtype=torch.int64, device="cpu")
     for draw in range(draws * importance):
         v, log_q = placed(dequantizer, k, noise, draw)
         x = (alpha * transform.forward(v, count)).to(dtype)

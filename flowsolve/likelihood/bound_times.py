@@ -56,9 +56,11 @@ class BoundTimes:
     def place(self, draw: int) -> Tensor:
         """Uniform numbers in (0, 1), one a sample, float64 of shape (B,) on the host."""
         if not self.even:
-            return self.noise.uniform(BOUND, 2 * draw + 1, torch.empty(len(self.turns), 1, dtype=torch.float64))[:, 0]
+            return self.noise.uniform(
+                BOUND, 2 * draw + 1, torch.empty(len(self.turns), 1, dtype=torch.float64, device="cpu")
+            )[:, 0]
         slices, j = max(1, self.draws // 2), draw // 2
-        common = self.first.uniform(BOUND, 2 * draw + 1, torch.empty(1, 1, dtype=torch.float64))
+        common = self.first.uniform(BOUND, 2 * draw + 1, torch.empty(1, 1, dtype=torch.float64, device="cpu"))
         within = ((common[0] + self.turns) % 1.0).clamp(2.0**-54, 1.0 - 2.0**-53)
         return (j + within) / slices
 
@@ -76,7 +78,7 @@ class BoundTimes:
         """1/π(λ), shape (B,)."""
         span = self.hi - self.lo
         if self.log_v is None:
-            return torch.full((len(self.turns),), span, dtype=torch.float64)
+            return torch.full((len(self.turns),), span, dtype=torch.float64, device="cpu")
         return 0.5 * span / -torch.expm1(-self.coordinate(draw))
 
 

@@ -48,7 +48,9 @@ class Density:
 
     def data(self, draw: int) -> tuple[Tensor, Cost]:
         """A `Decoder`'s data."""
-        return self.z, lambda eps: torch.full((len(eps),), gaussian_cost(self.z, self.s), dtype=torch.float64)
+        return self.z, lambda eps: torch.full(
+            (len(eps),), gaussian_cost(self.z, self.s), dtype=torch.float64, device="cpu"
+        )
 
 
 @dataclass(frozen=True)

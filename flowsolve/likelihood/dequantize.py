@@ -43,7 +43,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from flowsolve._batch import rows
+from flowsolve._batch import hosted, rows
 from flowsolve.flow import Flow
 from flowsolve.likelihood.log_prob import sample_log_prob
 from flowsolve.likelihood.trace import Exact, Trace
@@ -96,7 +96,7 @@ class TruncatedNormal:
     def sample(self, images: Tensor, noise: Noise, draw: int) -> tuple[Tensor, Tensor]:
         """A `Dequantizer`'s draw, by the inverse of the distribution function."""
         v, _ = Uniform().sample(images, noise, draw)
-        std = self.std(images) if callable(self.std) else torch.as_tensor(self.std, dtype=v.dtype)
+        std = self.std(images) if callable(self.std) else hosted(self.std, dtype=v.dtype)
         r = std.to(v).expand(v.shape)
         if not bool((r > 0).all() & r.isfinite().all()):
             raise ValueError(
@@ -244,7 +244,7 @@ def matched(flow: Flow, t: float, transform: Transform, levels: int) -> Truncate
 
 def filled(flow: Flow, transform: Transform, levels: int, shape: tuple[int, ...]) -> float:
     """The last flow time at which the noise fills a cell: its deviation is at least a third of half the middle cell."""
-    middle = torch.full((1, *shape), 0.5 * levels, dtype=torch.float64)
+    middle = torch.full((1, *shape), 0.5 * levels, dtype=torch.float64, device="cpu")
     slope = float(transform.log_slope(middle, levels).min())
     return min(flow.path.window[1], flow.path.time(math.log(2.0 * FILL) - slope))
 

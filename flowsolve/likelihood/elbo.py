@@ -230,7 +230,7 @@ def _summary(
         prior=prior,
         diffusion=diffusion,
         data=data,
-        nfe=torch.full((count,), nfe, dtype=torch.int64),
+        nfe=torch.full((count,), nfe, dtype=torch.int64, device="cpu"),
         interval=interval,
     )
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from flowsolve import attempts, charts
 from flowsolve._arguments import check_gradient, check_grid, state
-from flowsolve._batch import Context, per_sample, rows
+from flowsolve._batch import Context, hosted, per_sample, rows
 from flowsolve.capture import Record, Recording, refuse_foreign, require_cuda
 from flowsolve.charts import Chart
 from flowsolve.drivers import Ask
@@ -204,7 +204,7 @@ class Joint:
         change = size * math.log(ruler.scale(path.at(noise_end)) / ruler.scale(path.at(max(self.start, self.end))))
         values = base + sign * logdets + change
         arrived = ruler.clock(path, self.end)
-        reached = torch.where(solution.t == arrived, self.end, torch.as_tensor(ruler.time(path, solution.t)))
+        reached = torch.where(solution.t == arrived, self.end, hosted(ruler.time(path, solution.t)))
         solution = replace(solution, x=there, t=reached, nfe=nfe * unit(self.flow))
         value = torch.where(solution.ok.to(values.device), values.mean(1), math.nan)
         unknown = torch.full_like(value.detach(), math.nan)

@@ -87,7 +87,7 @@ def _looked(flow: Flow, trace: Trace, chunk: Chunk, interval: tuple[float, float
 def _compare(function: Function, x: Tensor, trace: Trace) -> None:
     """Raise Hidden if a product with the Jacobian at x is not what outputs around x say."""
     draw = torch.Generator().manual_seed(0)
-    w = torch.randn(x.shape, generator=draw, dtype=torch.float64).to(x)
+    w = torch.randn(x.shape, generator=draw, dtype=torch.float64, device="cpu").to(x)
     x = x.detach()
     size = float(x.double().square().mean().sqrt()) or 1.0
     with torch.no_grad():

@@ -51,7 +51,7 @@ class Discrete(Path):
             )
         roots = [(math.sqrt(a), math.sqrt(1.0 - a)) for a in ((1.0, *table) if clean else table)]
         nodes = ([a / (a + s) for a, s in roots], [s / (a + s) for a, s in roots])
-        tensors = tuple(torch.tensor(n, dtype=torch.float64) for n in nodes)
+        tensors = tuple(torch.tensor(n, dtype=torch.float64, device="cpu") for n in nodes)
         fields = {"alphas_cumprod": table, "clean": clean, "_nodes": nodes, "_tensors": tensors}
         for name, value in fields.items():
             object.__setattr__(self, name, value)
@@ -75,7 +75,7 @@ class Discrete(Path):
         cls, steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, clean: bool = True
     ) -> Discrete:
         """DDPM's table: betas linear from beta_start to beta_end (Ho et al. 2020)."""
-        return cls.from_betas(torch.linspace(beta_start, beta_end, steps, dtype=torch.float64), clean)
+        return cls.from_betas(torch.linspace(beta_start, beta_end, steps, dtype=torch.float64, device="cpu"), clean)
 
     def __repr__(self) -> str:
         first, last = self.alphas_cumprod[0], self.alphas_cumprod[-1]

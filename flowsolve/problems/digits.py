@@ -22,6 +22,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from flowsolve._batch import hosted
 from flowsolve._optional import require
 from flowsolve.transforms import Range
 
@@ -51,12 +52,12 @@ def load(split: Literal["train", "held_out", "all"] = "train") -> Digits:
     if split not in ("train", "held_out", "all"):
         raise ValueError(f"split = {split!r}; expected 'train', 'held_out' or 'all'")
     bunch = require("sklearn.datasets", "train", "the digits data set").load_digits()
-    images = torch.as_tensor(bunch.images).to(torch.uint8).unsqueeze(1)
-    labels = torch.as_tensor(bunch.target).to(torch.int64)
+    images = hosted(bunch.images).to(torch.uint8).unsqueeze(1)
+    labels = hosted(bunch.target).to(torch.int64)
     if split == "all":
         return Digits(images, labels)
     ranked = sorted(range(len(images)), key=lambda i: sha256(str(i).encode()).digest())
-    keep = torch.tensor(sorted(ranked[HELD_OUT:] if split == "train" else ranked[:HELD_OUT]))
+    keep = torch.tensor(sorted(ranked[HELD_OUT:] if split == "train" else ranked[:HELD_OUT]), device="cpu")
     return Digits(images[keep], labels[keep])
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowsolve._batch import linear, per_sample, state_dtype
+from flowsolve._batch import hosted, linear, per_sample, state_dtype
 from flowsolve.flow import Flow
 from flowsolve.paths import Path, Point
 from flowsolve.predictions import Prediction, resolve
@@ -56,7 +56,7 @@ class GaussianMixture:
         *,
         dtype: torch.dtype | None = None,
     ) -> None:
-        means = torch.as_tensor(means)
+        means = hosted(means)
         if dtype is None:
             dtype = means.dtype if means.dtype.is_floating_point else torch.get_default_dtype()
         if means.ndim < 2 or not len(means):
@@ -67,7 +67,7 @@ class GaussianMixture:
             spread = spread.expand(k).reshape(k, *[1] * (means.ndim - 1))
         elif spread.shape != means.shape:
             raise ValueError(f"std has shape {tuple(spread.shape)}; expected a number, ({k},) or {tuple(means.shape)}")
-        share = torch.ones(k) if weights is None else torch.as_tensor(weights)
+        share = torch.ones(k, device="cpu") if weights is None else hosted(weights)
         share = share.to(device=means.device, dtype=dtype)
         if share.shape != (k,):
             raise ValueError(f"weights has shape {tuple(share.shape)}; expected ({k},)")
@@ -95,10 +95,10 @@ class GaussianMixture:
     def sample(self, n: int, seed: int = 0) -> Tensor:
         """n independent points, shape (n, *S); the same for every dtype and device up to rounding."""
         generator = torch.Generator().manual_seed(seed)
-        u = torch.rand(n, generator=generator, dtype=torch.float64)
+        u = torch.rand(n, generator=generator, dtype=torch.float64, device="cpu")
         steps = self.weights.double().cumsum(0).cpu()
         which = torch.searchsorted(steps, u, right=True).clamp_max(len(steps) - 1).to(self.means.device)
-        normal = torch.randn((n, *self.means.shape[1:]), generator=generator, dtype=torch.float64)
+        normal = torch.randn((n, *self.means.shape[1:]), generator=generator, dtype=torch.float64, device="cpu")
         return self.means[which] + self.std[which] * normal.to(self.means)
 
     def marginal(self, path: Path, t: float) -> GaussianMixture:

@@ -75,9 +75,9 @@ def draw(photos: Sequence[Sequence[Tensor]], count: int, generator: torch.Genera
         count: N.
         generator: a generator of the host.
     """
-    u = torch.rand(count, 4, generator=generator, dtype=torch.float64)
-    labels = torch.randint(len(photos), (count,), generator=generator)
-    images = torch.empty(count, 3, SIZE, SIZE, dtype=torch.uint8)
+    u = torch.rand(count, 4, generator=generator, dtype=torch.float64, device="cpu")
+    labels = torch.randint(len(photos), (count,), generator=generator, device="cpu")
+    images = torch.empty(count, 3, SIZE, SIZE, dtype=torch.uint8, device="cpu")
     for i, (label, (a, b, c, d)) in enumerate(zip(labels.tolist(), u.tolist(), strict=True)):
         photo = photos[label][int(a * len(SHRUNK))]
         patch = _cut(photo, int(b * (photo.shape[1] - SIZE + 1)), int(c * (photo.shape[2] - SIZE + 1)))
@@ -93,14 +93,14 @@ def lattice(photos: Sequence[Sequence[Tensor]], count: int) -> Patches:
         count: N.
     """
     golden = (5.0**0.5 - 1.0) / 2.0
-    images, labels = torch.empty(count, 3, SIZE, SIZE, dtype=torch.uint8), []
+    images, labels = torch.empty(count, 3, SIZE, SIZE, dtype=torch.uint8, device="cpu"), []
     for i in range(count):
         label, k = i % len(photos), i // len(photos)
         photo = photos[label][k % len(SHRUNK)]
         row, column = (k * golden) % 1.0, (k + 0.5) / -(-count // len(photos))
         images[i] = _cut(photo, int(row * (photo.shape[1] - SIZE + 1)), int(column * (photo.shape[2] - SIZE + 1)))
         labels.append(label)
-    return Patches(images, torch.tensor(labels, dtype=torch.int64))
+    return Patches(images, torch.tensor(labels, dtype=torch.int64, device="cpu"))
 
 
 def dequantize(images: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -26,7 +26,7 @@ __all__ = ["Checkerboard", "Moons", "checkerboard", "eight_gaussians", "moons"]
 
 def _uniform(n: int, columns: int, seed: int) -> tuple[Tensor, torch.Generator]:
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand((n, columns), generator=generator, dtype=torch.float64), generator
+    return torch.rand((n, columns), generator=generator, dtype=torch.float64, device="cpu"), generator
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Moons:
         theta, lower = math.pi * u[:, 0], u[:, 1] < 0.5
         first = torch.where(lower, 1.0 - theta.cos(), theta.cos())
         second = torch.where(lower, 0.5 - theta.sin(), theta.sin())
-        noise = torch.randn((n, 2), generator=generator, dtype=torch.float64)
+        noise = torch.randn((n, 2), generator=generator, dtype=torch.float64, device="cpu")
         return (torch.stack((first, second), 1) + self.noise * noise).to(dtype)
 
 
@@ -96,5 +96,5 @@ def moons(noise: float = 0.05) -> Moons:
 
 def eight_gaussians(radius: float = 4.0, std: float = 0.3, dtype: torch.dtype = torch.float32) -> GaussianMixture:
     """Eight equal Gaussians, evenly spaced on a circle."""
-    angle = torch.arange(8, dtype=torch.float64) * (math.pi / 4.0)
+    angle = torch.arange(8, dtype=torch.float64, device="cpu") * (math.pi / 4.0)
     return GaussianMixture(radius * torch.stack((angle.cos(), angle.sin()), 1), std, dtype=dtype)

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowsolve._batch import hosted
 from flowsolve.runs.arrays import LAYOUTS, chosen, mapped, planes
 from flowsolve.runs.errors import ItemError
 from flowsolve.runs.images import EXTENSIONS, header, integers
@@ -213,7 +214,7 @@ class Stream(Data):
                     f"the iterator gave a {type(chunk).__name__}; expected batches of images, tensors of shape "
                     "(n, C, H, W), alone or first in a tuple"
                 )
-            for item in torch.as_tensor(chunk):
+            for item in hosted(chunk):
                 if total == self.limit:
                     return
                 total += 1

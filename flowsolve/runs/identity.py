@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from flowsolve._batch import hosted
+
 __all__ = ["digest", "identity", "module_digest"]
 
 DEPTH = 5
@@ -33,10 +35,10 @@ def digest(*tensors: Tensor | np.ndarray[Any, Any]) -> str:
     """A short digest of the shapes, dtypes and bytes of tensors."""
     found = hashlib.sha256()
     for tensor in tensors:
-        t = torch.as_tensor(tensor).detach().cpu()
+        t = hosted(tensor).detach().cpu()
         found.update(f"{t.dtype} {tuple(t.shape)};".encode())
         flat = t.reshape(-1)
-        dense = flat if flat.stride() == (1,) else torch.empty(flat.shape, dtype=t.dtype).copy_(flat)
+        dense = flat if flat.stride() == (1,) else torch.empty(flat.shape, dtype=t.dtype, device="cpu").copy_(flat)
         found.update(dense.view(torch.uint8).numpy().data)
     return found.hexdigest()[:16]
 

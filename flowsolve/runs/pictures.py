@@ -90,7 +90,9 @@ def save_grid(file: Path, images: Tensor, columns: int | None = None) -> None:
     rows = -(-count // columns)
     factor = max(1, -(-TILE // max(height, width)))
     big = images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    sheet = torch.full((channels, rows * (height * factor + 2) + 2, columns * (width * factor + 2) + 2), 255)
+    sheet = torch.full(
+        (channels, rows * (height * factor + 2) + 2, columns * (width * factor + 2) + 2), 255, device="cpu"
+    )
     sheet = sheet.to(torch.uint8)
     for i, image in enumerate(big):
         y, x = (i // columns) * (height * factor + 2) + 2, (i % columns) * (width * factor + 2) + 2

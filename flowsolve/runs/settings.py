@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from flowsolve._batch import hosted
 from flowsolve._version import __version__
 from flowsolve.flow import Flow
 from flowsolve.guidance import Guided
@@ -91,12 +92,14 @@ def fingerprint(flow: Flow) -> dict[str, Any]:
 
 def _curve(flow: Flow) -> tuple[str, str]:
     """Digests of the path and of the prediction's row along it."""
-    path, times = flow.path, torch.arange(0, TIMES + 1, dtype=torch.float64) / TIMES
+    path, times = flow.path, torch.arange(0, TIMES + 1, dtype=torch.float64, device="cpu") / TIMES
     inner = times[1:-1]
     values = [f(inner) for f in (path.alpha, path.sigma, path.alpha_dot, path.sigma_dot)]
     numbers = [v for _, v in sorted(vars(path).items()) if isinstance(v, int | float | tuple)]
-    flat = torch.tensor([float(x) for v in numbers for x in (v if isinstance(v, tuple) else (v,)) if _plain(x)])
-    rows = [torch.as_tensor(v, dtype=torch.float64).expand(len(inner)) for v in flow.prediction.row(path.at(inner))]
+    flat = torch.tensor(
+        [float(x) for v in numbers for x in (v if isinstance(v, tuple) else (v,)) if _plain(x)], device="cpu"
+    )
+    rows = [hosted(v, dtype=torch.float64).expand(len(inner)) for v in flow.prediction.row(path.at(inner))]
     return digest(*values, flat.double()), digest(*rows)
 
 

@@ -202,7 +202,7 @@ class Torchdiffeq(Foreign):
             status = counted.cause(None) if status is Status.SUCCESS else status
             lost = torch.full_like(y, torch.nan) if len(stops) > 1 else y.detach()
             states = torch.stack([y.detach(), *[lost] * (len(times) - 1)])
-        nfe = torch.full((len(y),), counted.calls)
+        nfe = torch.full((len(y),), counted.calls, device="cpu")
         return states if stops[0] == start else states[1:], nfe, _statuses(states[-1], status)
 
     def _grid(self, times: Sequence[float], budget: int | None) -> list[float] | None:
@@ -369,7 +369,7 @@ class _Nodes:
 
 def _statuses(x: Tensor, status: Status) -> Tensor:
     """One status for each sample; a solve that arrived is no success where x is not finite."""
-    whole = torch.full((len(x),), int(status))
+    whole = torch.full((len(x),), int(status), device="cpu")
     if status is not Status.SUCCESS:
         return whole
     finite = torch.isfinite(rows(x.detach())).all(1).cpu()
@@ -495,10 +495,15 @@ class Torchsde(ForeignSDE):
         # On the way in it draws a sample from torch's global generator and drops it; that is undone.
         with torch.random.fork_rng(devices=[y.device] if y.is_cuda else []):
             states = library.sdeint(
-                sde, y, torch.tensor([start, end], dtype=torch.float64), bm=motion, method=self.method, dt=size
+                sde,
+                y,
+                torch.tensor([start, end], dtype=torch.float64, device="cpu"),
+                bm=motion,
+                method=self.method,
+                dt=size,
             )
         out = states[-1].reshape(x.shape)
-        return out, torch.full((len(x),), drift.calls), _statuses(out, Status.SUCCESS)
+        return out, torch.full((len(x),), drift.calls, device="cpu"), _statuses(out, Status.SUCCESS)
 
 
 class _Drift:

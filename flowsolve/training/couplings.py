@@ -210,14 +210,14 @@ class ByLabel(Coupling):
                 "a coupling by label needs labels, integers of shape (B,); give labels=, or another coupling"
             )
         labels = labels.cpu()
-        first, second = (torch.arange(len(data)) for _ in range(2))
+        first, second = (torch.arange(len(data), device="cpu") for _ in range(2))
         for label in labels.unique():
             group = (labels == label).nonzero()[:, 0]
             there = group.to(data.device)
             pairs = self.within.pair(source[group.to(source.device)], data[there], generator=generator)
             first[group] = _rows(group, pairs.source)
             second[group] = _rows(group, pairs.data)
-        kept = torch.equal(second, torch.arange(len(data)))
+        kept = torch.equal(second, torch.arange(len(data), device="cpu"))
         return Pairing(first, None if kept else second)
 
 

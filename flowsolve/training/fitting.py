@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flowsolve._batch import hosted
 from flowsolve.flow import Flow
 from flowsolve.training import times
 from flowsolve.training.objective import Objective
@@ -221,16 +222,16 @@ class _Feed:
         """n data points, their source (None for noise), their conditions and their classes, on a device."""
         rows = None
         if isinstance(self.data, Tensor):
-            rows = torch.randint(len(self.data), (n,), generator=generator)
+            rows = torch.randint(len(self.data), (n,), generator=generator, device="cpu")
             z = self.data[rows.to(self.data.device)].to(device)
         else:
             z = self.data(n, generator).to(device)
         if not z.dtype.is_floating_point:
-            u = torch.rand(z.shape, generator=generator).to(device)
+            u = torch.rand(z.shape, generator=generator, device="cpu").to(device)
             z = self.flow.transform.forward(z + u)
         noise = None
         if isinstance(self.source, Tensor):
-            own = rows if self.paired else torch.randint(len(self.source), (n,), generator=generator)
+            own = rows if self.paired else torch.randint(len(self.source), (n,), generator=generator, device="cpu")
             assert own is not None
             noise = self.source[own.to(self.source.device)].to(device)
         elif self.source is not None:
@@ -238,9 +239,9 @@ class _Feed:
         given = {k: v[rows.to(v.device)].to(device) for k, v in self.cond.items() if rows is not None}
         classes = given[self.labels] if self.labels is not None else None
         if self.dropout:
-            lost = (torch.rand(n, generator=generator) < self.dropout).to(device)
+            lost = (torch.rand(n, generator=generator, device="cpu") < self.dropout).to(device)
             for name, value in given.items():
-                empty = torch.as_tensor(self.null[name]).to(value)
+                empty = hosted(self.null[name]).to(value)
                 given[name] = torch.where(lost.reshape(-1, *[1] * (value.ndim - 1)), empty, value)
         return z, noise, given, classes
 

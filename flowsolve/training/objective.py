@@ -39,7 +39,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from flowsolve._batch import linear, per_sample, state_dtype
+from flowsolve._batch import hosted, linear, per_sample, state_dtype
 from flowsolve.conditioning import marked, plain, rows_of, settled
 from flowsolve.flow import Flow
 from flowsolve.paths import Point
@@ -220,7 +220,7 @@ class Objective:
         if self.antithetic:
             when, data, noise = when.repeat(2), data.repeat(2, *[1] * (data.ndim - 1)), _signed(noise, zeta is None)
             zeta = None if zeta is None else _signed(zeta, True)
-            cond = rows_of(cond, (torch.arange(2 * n) % n).numpy())
+            cond = rows_of(cond, (torch.arange(2 * n, device="cpu") % n).numpy())
         return self._drawn(flow, when, data, noise, zeta, plain(cond), n)
 
     def _drawn(
@@ -278,7 +278,7 @@ class Objective:
         """Flow times of shape (n,), float64 on the host: as given, or drawn inside the path's window."""
         if t is None:
             return self.time.draw(n, flow.path, generator)
-        when = torch.as_tensor(t, dtype=torch.float64).cpu()
+        when = hosted(t, dtype=torch.float64).cpu()
         if when.ndim == 0:
             return when.expand(n)
         if when.shape != (n,):
@@ -296,15 +296,15 @@ class Objective:
             float64 of that shape; 0 outside the path's window.
         """
         path = flow.path
-        shape = torch.as_tensor(log_snr).shape
-        lam = torch.as_tensor(log_snr, dtype=torch.float64).cpu().reshape(-1)
+        shape = hosted(log_snr).shape
+        lam = hosted(log_snr, dtype=torch.float64).cpu().reshape(-1)
         first, last = path.window
         inside = (lam > path.log_snr(first)) & (lam < path.log_snr(last))
         t = path.time(torch.where(inside, lam, torch.full_like(lam, path.log_snr(0.5 * (first + last)))))
         point = path.at(t)
         density = torch.full_like(t, 1.0 / (last - first)) if self.importance else self.time.pdf(t, path)
         with torch.no_grad():
-            factor = torch.as_tensor(self.weight(point)).cpu().double()
+            factor = hosted(self.weight(point)).cpu().double()
         found = density * factor * weights.error_ratio(self.row(flow), point) ** 2 / point.log_snr_dot
         return torch.where(inside, found, torch.zeros_like(found)).reshape(shape)
 

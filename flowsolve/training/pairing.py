@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from flowsolve._batch import hosted
 from flowsolve._optional import require
 from flowsolve.conditioning import rows_of, settled
 from flowsolve.flow import Flow
@@ -115,7 +116,7 @@ def pairs(
         )
     if world > 1 and out is None:
         raise ValueError("several processes need out=, a directory that they share")
-    given = {k: torch.as_tensor(v) for k, v in (cond or {}).items()}
+    given = {k: hosted(v) for k, v in (cond or {}).items()}
     for name, value in given.items():
         if value.ndim == 0 or len(value) != n:
             raise ValueError(f"cond[{name!r}] has shape {tuple(value.shape)}; expected a row for each of {n} pairs")
@@ -192,7 +193,9 @@ def _open(folder: Path, said: dict[str, Any], rank: int) -> None:
 
 def _joined(parts: list[dict[str, Tensor]]) -> Pairs:
     if not parts:
-        return Pairs(torch.empty(0), torch.empty(0), torch.empty(0, dtype=torch.int64))
+        return Pairs(
+            torch.empty(0, device="cpu"), torch.empty(0, device="cpu"), torch.empty(0, dtype=torch.int64, device="cpu")
+        )
     whole = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
     cond = {k.removeprefix(COND): v for k, v in whole.items() if k.startswith(COND)}
     return Pairs(whole["source"], whole["data"], whole["nfe"], cond)

@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flowsolve._batch import linear
+from flowsolve._batch import hosted, linear
 from flowsolve.charts import CHARTS
 from flowsolve.conditioning import rows_of, settled
 from flowsolve.flow import Flow
@@ -96,7 +96,7 @@ class Steps(Density):
     def quantile(self, u: Tensor, path: Path) -> Tensor:
         s = (u * self.k).floor().clamp(0, self.k - 1) / self.k
         first, last = path.window
-        return torch.as_tensor(CHART.time(path, s)).clamp(first, last)
+        return hosted(CHART.time(path, s)).clamp(first, last)
 
     def pdf(self, t: Tensor, path: Path) -> Tensor:
         raise ValueError("times of k steps have probabilities, not a density")
@@ -224,7 +224,7 @@ def loss_floor(
         raise ValueError(f"source has shape {tuple(source.shape)}; expected that of data, {tuple(data.shape)}")
     path, n = flow.path, len(data)
     generator = torch.Generator().manual_seed(seed)
-    shift = torch.rand(n, generator=generator, dtype=torch.float64)
+    shift = torch.rand(n, generator=generator, dtype=torch.float64, device="cpu")
     ends = [float(CHART.clock(path, t)) for t in path.window]
     given = settled(cond, n)
     device = (
@@ -232,10 +232,10 @@ def loss_floor(
         if not isinstance(flow.net, nn.Module)
         else next((p.device for p in flow.net.parameters()), data.device)
     )
-    each = torch.zeros(n, dtype=torch.float64)
+    each = torch.zeros(n, dtype=torch.float64, device="cpu")
     for k in range(draws):
         share = ((k + shift) / draws).clamp(1e-12, 1.0 - 1e-12)
-        t = torch.as_tensor(CHART.time(path, ends[0] + (ends[1] - ends[0]) * share))
+        t = hosted(CHART.time(path, ends[0] + (ends[1] - ends[0]) * share))
         for start in range(0, n, batch):
             rows = np.arange(start, min(start + batch, n))
             x0, x1, when = source[rows].to(device), data[rows].to(device), t[rows]

@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowsolve._batch import hosted
 from flowsolve.paths import Discrete, Path
 
 __all__ = [
@@ -176,7 +177,7 @@ class _LogNormal(Density):
 
     def _cut(self, path: Path) -> tuple[float, float]:
         """Φ at the ends of the path's window."""
-        ends = torch.tensor([path.log_snr(t) for t in path.window], dtype=torch.float64)
+        ends = torch.tensor([path.log_snr(t) for t in path.window], dtype=torch.float64, device="cpu")
         low, high = torch.special.ndtr((ends + self.mean) / self.std).tolist()
         if not high - low > 1e-6:
             raise ValueError(
@@ -241,7 +242,7 @@ class _Entries(Density):
             )
         count = len(path.alphas_cumprod)
         index = count - 1 - (u * count).floor().clamp(0, count - 1)
-        return torch.as_tensor(path.time_from_native(index))
+        return hosted(path.time_from_native(index))
 
     def pdf(self, t: Tensor, path: Path) -> Tensor:
         raise ValueError("the entries of a table have probabilities, not a density; use uniform where one is needed")
@@ -321,8 +322,8 @@ class Learned(UnitDensity):
         if bins < 1 or not 0.0 < floor <= 1.0 or not memory >= 1.0:
             raise ValueError(f"bins = {bins}, floor = {floor}, memory = {memory}; expected >= 1, in (0, 1], and >= 1")
         self.bins, self.floor, self.memory = bins, floor, memory
-        self.count = torch.zeros(bins, dtype=torch.float64)
-        self.square = torch.zeros(bins, dtype=torch.float64)
+        self.count = torch.zeros(bins, dtype=torch.float64, device="cpu")
+        self.square = torch.zeros(bins, dtype=torch.float64, device="cpu")
 
     def __repr__(self) -> str:
         return f"Learned(bins={self.bins}, floor={self.floor:g}, memory={self.memory:g})"
@@ -332,13 +333,15 @@ class Learned(UnitDensity):
         """The probability of each bin, shape (K,)."""
         root = self.square.sqrt()
         if bool((self.count == 0).any()) or not float(root.sum()) > 0.0:
-            return torch.full((self.bins,), 1.0 / self.bins, dtype=torch.float64)
+            return torch.full((self.bins,), 1.0 / self.bins, dtype=torch.float64, device="cpu")
         return self.floor / self.bins + (1.0 - self.floor) * root / root.sum()
 
     def update(self, t: Tensor, loss: Tensor, path: Path) -> None:
         """Learn from a batch: flow times and losses (weighted, before division by the pdf), each of shape (B,)."""
         where = self._bin(_share(t, path))
-        count = torch.zeros_like(self.count).index_add_(0, where, torch.ones(len(where), dtype=torch.float64))
+        count = torch.zeros_like(self.count).index_add_(
+            0, where, torch.ones(len(where), dtype=torch.float64, device="cpu")
+        )
         total = torch.zeros_like(self.square).index_add_(0, where, loss.detach().cpu().double().square())
         seen = count > 0
         # a running mean until the memory is full, an exponential one from then on
@@ -351,7 +354,7 @@ class Learned(UnitDensity):
         return (share * self.bins).long().clamp(0, self.bins - 1)
 
     def unit_quantile(self, u: Tensor) -> Tensor:
-        edges = torch.cat((torch.zeros(1, dtype=torch.float64), self.probabilities.cumsum(0)))
+        edges = torch.cat((torch.zeros(1, dtype=torch.float64, device="cpu"), self.probabilities.cumsum(0)))
         edges = edges / edges[-1]
         k = (torch.searchsorted(edges, u.contiguous(), right=True) - 1).clamp(0, self.bins - 1)
         return (k + (u - edges[k]) / (edges[k + 1] - edges[k])) / self.bins

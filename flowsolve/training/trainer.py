@@ -123,7 +123,9 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay)
         self.step = 0
         self.losses: list[float] = []
-        self._sum = torch.zeros((), dtype=torch.float32)  # of the losses since the last entry; read once an entry
+        self._sum = torch.zeros(
+            (), dtype=torch.float32, device="cpu"
+        )  # of the losses since the last entry; read once an entry
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""

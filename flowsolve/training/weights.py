@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flowsolve._batch import hosted
 from flowsolve.paths import Point
 from flowsolve.predictions import Prediction, resolve
 
@@ -115,7 +116,7 @@ class _SNR(Weight):
     lowest: float = 0.0
 
     def __call__(self, point: Point) -> Any:
-        ratio = torch.as_tensor(point.alpha / point.sigma)
+        ratio = hosted(point.alpha / point.sigma)
         return ratio.square().clamp_min(self.lowest)
 
 
@@ -184,22 +185,22 @@ class LearnedLogVariance(nn.Module, Weight):
         if not isinstance(self.base, Weight):
             raise TypeError(f"base is {base!r}; expected a weight of training.weights")
         generator = torch.Generator().manual_seed(seed)
-        self.register_buffer("frequency", 2.0 * math.pi * torch.randn(features, generator=generator))
-        self.register_buffer("phase", 2.0 * math.pi * torch.rand(features, generator=generator))
+        self.register_buffer("frequency", 2.0 * math.pi * torch.randn(features, generator=generator, device="cpu"))
+        self.register_buffer("phase", 2.0 * math.pi * torch.rand(features, generator=generator, device="cpu"))
         self.linear = nn.Linear(features, 1)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
     def log_variance(self, point: Point) -> Tensor:
         """v(λ), shape (B,)."""
-        lam = 0.25 * torch.as_tensor(point.log_snr).to(self.frequency)
+        lam = 0.25 * hosted(point.log_snr).to(self.frequency)
         features = math.sqrt(2.0) * torch.cos(lam.reshape(-1, 1) * self.frequency + self.phase)
         v: Tensor = self.linear(features)[:, 0] / math.sqrt(len(self.frequency))
         return v
 
     def forward(self, point: Point) -> Any:
         v = torch.exp(-self.log_variance(point))
-        return torch.as_tensor(self.base(point)).to(v) * v
+        return hosted(self.base(point)).to(v) * v
 
     def offset(self, point: Point) -> Any:
         return self.log_variance(point)

@@ -135,7 +135,7 @@ class Chain(Transform):
         return total
 
     def ends(self, levels: int | None = None) -> tuple[float, float]:
-        reached = torch.tensor([self.first.ends(levels)], dtype=torch.float64).T
+        reached = torch.tensor([self.first.ends(levels)], dtype=torch.float64, device="cpu").T
         reached = reached.expand(2, max((getattr(m, "channels", 1) for m in self.maps), default=1))
         for m in self.maps:
             reached = m.forward(reached)
