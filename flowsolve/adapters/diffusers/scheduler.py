@@ -154,7 +154,8 @@ class Scheduler(SchedulerMixin, ConfigMixin):
                 f"{method!r} chooses its own steps and needs the loop; use flowsolve.adapters.diffusers.capture(pipe, "
                 "…), or a solver on a fixed grid (adaptive=False, if it has that)"
             )
-        kept = {k: v for k, v in {**known, **changes}.items() if not k.startswith("_") and k != OURS}
+        told = config if isinstance(config, Mapping) else config.config  # with what is only carried along
+        kept = {k: v for k, v in {**told, **known, **changes}.items() if not k.startswith("_") and k != OURS}
         left = [k for k in unstated(config, name) if k not in changes]
         asked = [*dict.fromkeys([*(known.get(OURS) or {}).get("asked", ()), *changes])]
         self.register_to_config(**kept, **{OURS: {"scheduler": name, "unstated": left, "asked": asked, **ours}})
