@@ -8,7 +8,8 @@ followed that far; a solver with stages takes the last step by one evaluation, w
 
 So a solver on a configuration of another class is laid out as `X.from_config` of its own class X does it: what the
 configuration states is kept, what it leaves to the defaults of its class are X's defaults, and what X does not know is
-dropped, unless the caller of `Scheduler` asked for it. The exception is a lowest level as the end
+dropped, unless the caller of `Scheduler` asked for it. (What the class that wrote it does not know, and diffusers would
+carry along from a class before that, was never stated: `options`.) The exception is a lowest level as the end
 (`set_alpha_to_one=False`), which Euler's kin keep: to end there costs them nothing.
 
 **Orders** are X's as well where a solver is given by name: without an order it is of `solver_order`, 2 by default, and
