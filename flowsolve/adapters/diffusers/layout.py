@@ -79,6 +79,14 @@ class Plan:
         """Where the steps end."""
         return self.intervals[-1][1] if self.intervals else self.times[0]
 
+    def shown(self, at: int | None) -> float:
+        """The factor of the state at an evaluation, or of the result (None), as pipelines are shown it."""
+        if at is not None:
+            return float(self.reading.shown(self.points[at]))
+        if self.closing is None:
+            return float(self.reading.shown(self.reading.path.at(self.end)))
+        return 1.0 / self.closing.data if self.reading.stretched else 1.0
+
 
 def lay(
     reading: Reading,

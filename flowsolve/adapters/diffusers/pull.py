@@ -53,7 +53,7 @@ class Run:
         self._query: Query
         self.at: int | None = at
         self._step = plan.begins.index(at)
-        self._state = State(_kept(sample), noise)
+        self._state = State(self._inside(sample), noise)
         self._given: tuple[Tensor, int | None] | None = None
         self._generator: Step | None = None
         self._enter(self._state.x)
@@ -68,7 +68,7 @@ class Run:
         assert self.at is not None
         query, plan = self._query, self.plan
         if self._changed(sample):
-            x = _kept(sample)
+            x = self._inside(sample)
             if self.at in plan.begins:
                 self._state = replace(self._state, origin=None)
                 self._enter(x)
@@ -113,8 +113,15 @@ class Run:
             self._generator = self.stepper(self._state, *interval)
             self._query = next(self._generator)
 
+    def _inside(self, sample: Tensor) -> Tensor:
+        """A pipeline's sample as a state."""
+        x, shown = _kept(sample), self.plan.shown(self.at)
+        return x if shown == 1.0 else x.div_(shown)
+
     def _give(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """x in the pipeline's dtype, a tensor of its own."""
+        """x as the pipeline is shown it and in its dtype, a tensor of its own."""
+        if (shown := self.plan.shown(self.at)) != 1.0:
+            x = x * shown
         given = x.to(dtype, copy=True)
         self._given = given, None if given.is_inference() else given._version
         self._copy = x

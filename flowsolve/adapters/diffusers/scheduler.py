@@ -13,6 +13,7 @@ training is kept (`reading`), and so, unless `grid` says otherwise, are the nois
 * **Shift** is applied once: to the configuration's own grid, to named grids, and to explicit `sigmas`, which pipelines
   give before the shift. Explicit `timesteps` are taken as they are. Flow pipelines that pass N even `sigmas` from 1 to
   1/N mean "N steps"; where a grid or "auto" was asked for, it has precedence over these.
+* **Samples** are shown in the units of the scheduler that the configuration is of: those of Euler's kin are z + σ ε.
 * **Noise** is flowsolve's own, a function of a seed, the sample and the interval (`flowsolve.noise`). Seeds are drawn
   from the generator that a pipeline hands to `step`, one for each of a list of generators. A pipeline that hands none
   (SD3, Flux) gets `seed` if one is set, and otherwise noise named by the starting latents themselves: the same latents,
@@ -42,7 +43,7 @@ from flowsolve.adapters.diffusers.convention import completed
 from flowsolve.adapters.diffusers.layout import Plan, lay
 from flowsolve.adapters.diffusers.peers import as_configured, unstated
 from flowsolve.adapters.diffusers.pull import Run
-from flowsolve.adapters.diffusers.reading import OURS, Reading, read, start_std
+from flowsolve.adapters.diffusers.reading import LEAST, OURS, Reading, read, start_std
 from flowsolve.adapters.diffusers.seeds import seeds
 from flowsolve.adapters.diffusers.settings import INSTALL, OPTIONS, merged, named, require_saveable, write_note
 from flowsolve.adapters.diffusers.tables import table_size
@@ -225,7 +226,10 @@ class Scheduler(SchedulerMixin, ConfigMixin):
     def init_noise_sigma(self) -> float:
         """The standard deviation of the state that a pipeline starts from."""
         table = self._own.table or self._shared
-        return start_std(self.reading, 0.0) if table is None else table.plan.start
+        reading = self.reading
+        if table is None:
+            return float(start_std(reading, 0.0) * reading.shown(reading.path.at(0.0)))
+        return float(table.plan.start * reading.shown(table.plan.points[0]))
 
     @property
     def timesteps(self) -> Tensor:
@@ -321,11 +325,12 @@ class Scheduler(SchedulerMixin, ConfigMixin):
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """The network's input at a sample."""
-        if self.reading.said.precondition is None:
+        reading = self.reading
+        if reading.said.precondition is None and not reading.stretched:
             return sample
         place = self._place(timestep)
-        point = self._table.plan.points[place] if place is not None else self.reading.path.at(self._time(timestep))
-        return sample * self.reading.scale(point)
+        point = self._table.plan.points[place] if place is not None else reading.path.at(self._time(timestep))
+        return sample * reading.scale(point)
 
     def step(
         self,
@@ -369,12 +374,13 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         return StepOutput(ahead, data) if return_dict else (ahead, data)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Any) -> Tensor:
-        """α z + σ ε at times of the network, one or one a sample; in the samples' dtype."""
+        """α z + σ ε at times of the network, one or one a sample, as a sample is shown; in the samples' dtype."""
         times = torch.as_tensor(timesteps).detach().cpu().double().reshape(-1)
         t = torch.as_tensor(self.reading.native(times)).clamp(0.0, 1.0)
         point = self.reading.path.at(t.expand(len(original_samples)) if t.numel() == 1 else t)
         wide = torch.promote_types(original_samples.dtype, torch.float32)
-        mixed = linear(point.alpha, original_samples.to(wide), point.sigma, noise.to(original_samples.device, wide))
+        shown, device = self.reading.shown(point), original_samples.device
+        mixed = linear(point.alpha * shown, original_samples.to(wide), point.sigma * shown, noise.to(device, wide))
         return mixed.to(original_samples.dtype)
 
     def scale_noise(self, sample: Tensor, timestep: Any, noise: Tensor | None = None) -> Tensor:
@@ -399,7 +405,9 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         point = self.reading.path.at(t)
         if self.reading.straight:
             return float(point.sigma)
-        return float(point.sigma / point.alpha) if point.alpha else float("inf")
+        if not point.alpha:
+            return float(point.sigma / LEAST if self.reading.stretched else "inf")
+        return float(point.sigma / point.alpha)
 
     def _time(self, timestep: Any) -> float:
         """The flow time of a time of the network."""
