@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import pytest
@@ -117,8 +116,10 @@ def upscaler() -> Any:
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=16, attention_head_dim=4, time_cond_proj_dim=64 + 64 + 16,
     )  # fmt: skip
-    vae = diffusers.AutoencoderKL(block_out_channels=(8, 8, 8, 8), norm_num_groups=4, latent_channels=4,
-                                  down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)  # fmt: skip
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8), norm_num_groups=4, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    )  # fmt: skip
     text = CLIPTextModel(CLIPTextConfig(hidden_size=16, intermediate_size=16, num_attention_heads=2,
                                         num_hidden_layers=1, vocab_size=20))  # fmt: skip
     scheduler = diffusers.EulerDiscreteScheduler(**STABLE, prediction_type="sample")
@@ -127,13 +128,17 @@ def upscaler() -> Any:
     return pipe
 
 
-def upscaled(pipe: Any, steps: int) -> Tensor:
+def call(steps: int) -> dict[str, Any]:
+    """The arguments of a call."""
     g = torch.Generator().manual_seed(1)
     prompts = {k: torch.randn(1, 5, 16, generator=g) for k in ("prompt_embeds", "negative_prompt_embeds")}
-    pooled = {f"{'negative_' * bool(i)}pooled_prompt_embeds": torch.randn(1, 16, generator=g) for i in (0, 1)}
-    latents = torch.randn(1, 4, 8, 8, generator=g)
-    return pipe(image=latents, **prompts, **pooled, num_inference_steps=steps, guidance_scale=3.0, output_type="latent",
-                generator=torch.Generator().manual_seed(2)).images  # fmt: skip
+    pooled = {k: torch.randn(1, 16, generator=g) for k in ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")}
+    own = {"image": torch.randn(1, 4, 8, 8, generator=g), "num_inference_steps": steps, "guidance_scale": 3.0}
+    return {**own, **prompts, **pooled, "output_type": "latent", "generator": torch.Generator().manual_seed(2)}
+
+
+def upscaled(pipe: Any, steps: int) -> Tensor:
+    return pipe(**call(steps)).images
 
 
 def test_the_latent_upscaler_preconditions_by_sigmas() -> None:
@@ -155,13 +160,8 @@ def test_the_latent_upscaler_preconditions_by_sigmas() -> None:
 def test_its_loop_cannot_be_led() -> None:
     """It reads `sigmas` by the number of the turn."""
     pipe = upscaler()
-    g = torch.Generator().manual_seed(1)
-    with warnings.catch_warnings(), pytest.raises(RuntimeError, match=r"reads scheduler.sigmas in its loop"):
-        warnings.simplefilter("ignore")
-        capture(pipe, image=torch.randn(1, 4, 8, 8, generator=g), prompt_embeds=torch.randn(1, 5, 16, generator=g),
-                negative_prompt_embeds=torch.randn(1, 5, 16, generator=g), num_inference_steps=4,
-                pooled_prompt_embeds=torch.randn(1, 16, generator=g),
-                negative_pooled_prompt_embeds=torch.randn(1, 16, generator=g))  # fmt: skip
+    with pytest.raises(RuntimeError, match=r"reads scheduler.sigmas in its loop"):
+        capture(pipe, **call(4))
 
 
 def test_a_captured_pipeline_of_the_kin_is_in_the_path_s_units() -> None:
