@@ -17,6 +17,7 @@ from flowsolve.adapters.diffusers.options import OPTIONS, foreign, options_of
 diffusers = pytest.importorskip("diffusers")
 from flowsolve.adapters.diffusers import Scheduler  # noqa: E402
 from flowsolve.adapters.diffusers.layout import OWN, lay  # noqa: E402
+from flowsolve.adapters.diffusers.reading import read  # noqa: E402
 
 STEPS = 6
 CHANGED: dict[str, Any] = {
@@ -160,3 +161,19 @@ def test_the_table_is_that_of_diffusers() -> None:
             assert OPTIONS[name] == options_of(name)
             assert held == OPTIONS[name].keys()
         assert options_of(name).keys() >= held
+
+
+def test_predict_epsilon_of_old_configurations() -> None:
+    """Until diffusers 0.10 predict_epsilon = false said that the network gives the data; today's classes ignore it."""
+    old = {"_class_name": "DDPMScheduler", "beta_schedule": "linear", "predict_epsilon": False}
+    assert read(old).flow.prediction.name == "data"
+    assert read({**old, "predict_epsilon": True}).flow.prediction.name == "noise"
+    assert read({**old, "prediction_type": "sample"}).flow.prediction.name == "data"
+    held = diffusers.DDPMScheduler.from_config(old)  # which fills in prediction_type = epsilon, and notes that
+    assert held.config.prediction_type == "epsilon"
+    for config in (held, held.config):
+        made = Scheduler.from_config(config, solver="ddim")
+        assert made.reading.flow.prediction.name == "data"
+        assert Scheduler.from_config(made.config).reading.flow.prediction.name == "data"
+    with pytest.raises(ValueError, match=r"predict_epsilon = False .*prediction_type = 'epsilon' contradict"):
+        read({**old, "prediction_type": "epsilon"})

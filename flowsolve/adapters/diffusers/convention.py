@@ -187,7 +187,24 @@ def completed(scheduler: Any) -> dict[str, Any]:
     if name not in SUPPORTED:
         raise ValueError(_unsupported(f"scheduler {name}", SUPPORTED))
     dropped = foreign(told, name)
-    return {**options_of(name), **{k: v for k, v in told.items() if k not in dropped}, "_class_name": name}
+    config = {**options_of(name), **{k: v for k, v in told.items() if k not in dropped}, "_class_name": name}
+    return _dated(config, "prediction_type" in told and "prediction_type" not in told.get("_use_default_values", ()))
+
+
+def _dated(config: dict[str, Any], stated: bool) -> dict[str, Any]:
+    """With `predict_epsilon` (until diffusers 0.10), which today's classes ignore, as the `prediction_type` it means.
+
+    Raises:
+        ValueError: a prediction_type is stated, and is another.
+    """
+    if config.get("predict_epsilon") is not False or "prediction_type" not in config:
+        return config
+    if stated and config["prediction_type"] != "sample":
+        raise ValueError(
+            f"predict_epsilon = False (an old word for prediction_type = 'sample') and prediction_type = "
+            f"{config['prediction_type']!r} contradict each other; drop the one that is wrong"
+        )
+    return {**config, "prediction_type": "sample"}
 
 
 def _by_options(config: Mapping[str, Any]) -> str | None:
