@@ -434,6 +434,53 @@ def test_pndm_takes_one_evaluation_more_than_steps() -> None:
     assert s.timesteps.tolist() == list(dict.fromkeys(theirs.timesteps.tolist()))
 
 
+STABLE_1: dict[str, Any] = {
+    "_class_name": "PNDMScheduler", **STABLE, "clip_sample": False, "num_train_timesteps": 1000,
+    "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1, "trained_betas": None,
+}  # fmt: skip
+"""Of Stable Diffusion 1.5, as published."""
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 20, 50])
+def test_plms_is_pndm(steps: int, spacing: str) -> None:
+    """Liu et al. 2022 without Runge–Kutta steps: the same times, N + 1 of them, and the same samples, to rounding.
+
+    Their table is given in float64 here; some 50 operations a step on numbers of order 100.
+    """
+    if spacing == "trailing" and 1000 % steps:
+        pytest.skip("they step by ⌊T/N⌋, whatever is next in the list")
+    config, ends = {**STABLE_1, "timestep_spacing": spacing}, []
+    theirs = diffusers.PNDMScheduler.from_config(config)
+    theirs.alphas_cumprod = fs.adapters.diffusers.alphas_cumprod(config)
+    theirs.final_alpha_cumprod = theirs.alphas_cumprod[0]
+    ours = Scheduler.from_config(config, solver="plms")
+    for s in (theirs, ours):
+        s.set_timesteps(steps)
+        x = noise()
+        for t in s.timesteps:
+            x = s.step(torch.sin(x) * (0.5 + 0.4 * torch.cos(t.double() / 300.0)), t, x, return_dict=False)[0]
+        ends.append(x)
+    assert ours.timesteps.tolist() == theirs.timesteps.tolist()
+    assert ours.nfe == (steps + 1 if steps > 1 else 1)
+    assert ours.order == 1
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-11, atol=1e-11)
+
+
+def test_plms_begins_within() -> None:
+    """Image-to-image passes over entries; at the one that is there twice the first does nothing."""
+    s = Scheduler.from_config(STABLE_1, solver="plms")
+    s.set_timesteps(8)
+    assert s.timesteps[1] == s.timesteps[2]
+    ends = []
+    for first in (1, 2):
+        s.set_timesteps(8)
+        s.set_begin_index(first)
+        ends.append(loop(s, noise(), first))
+    assert torch.equal(*ends)
+    assert not torch.equal(ends[0], noise())
+
+
 # --- beginning within, and going elsewhere ----------------------------------------------------------------------------
 
 
