@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +92,44 @@ def test_so_in_memory() -> None:
 
     with pytest.raises(adapters.Unrecognised, match="has a ControlNet"):
         adapters.load(ControlNetPipeline(unet_conditional(), diffusers.DDIMScheduler(**STABLE)))
+
+
+@pytest.mark.parametrize(("name", "word"), [
+    ("stabilityai/sdxl-turbo", "turbo"), ("models/FLUX.1-schnell", "schnell"), ("an/LCM_Dreamshaper_v7", "lcm"),
+])  # fmt: skip
+def test_a_distilled_pipeline_gets_a_word(name: str, word: str) -> None:
+    """When a solver of many steps is put on it; its scheduler alone, of an ordinary class, says nothing."""
+    from flowsolve.adapters.diffusers import Scheduler, capture
+
+    class Plain(diffusers.DiffusionPipeline):  # type: ignore[misc, name-defined]
+        def __init__(self, unet: Any, scheduler: Any) -> None:
+            super().__init__()
+            self.register_modules(unet=unet, scheduler=scheduler)
+
+        def __call__(self) -> None:
+            raise RuntimeError("this far")
+
+    pipe = Plain(unet_conditional(), diffusers.EulerAncestralDiscreteScheduler(**STABLE))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Scheduler.from_config(pipe, solver="unipc")
+        Scheduler.from_config(pipe.scheduler, solver="unipc")
+    pipe.register_to_config(_name_or_path=name)
+    with pytest.warns(UserWarning, match=rf"says {word}: such networks are trained to jump"):
+        made = Scheduler.from_config(pipe, solver="unipc")
+    assert made.config["flowsolve"]["scheduler"] == "EulerAncestralDiscreteScheduler"
+    with pytest.warns(UserWarning, match=rf"says {word}"), pytest.raises(RuntimeError, match="this far"):
+        capture(pipe)
+
+
+def test_schnell_is_known_by_its_network() -> None:
+    from flowsolve.adapters.diffusers import Scheduler
+    from tests.adapters.tiny import flux
+
+    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    for guided in (True, False):
+        pipe = diffusers.FluxPipeline(
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), transformer=flux(guidance_embeds=guided), **parts
+        )
+        with nullcontext() if guided else pytest.warns(UserWarning, match="schnell model"):
+            Scheduler.from_config(pipe)

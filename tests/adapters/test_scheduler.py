@@ -854,8 +854,18 @@ def test_noise_prediction_of_pure_noise_is_refused() -> None:
     s = Scheduler.from_config(
         diffusers.DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing"), solver="ddim"
     )
-    with pytest.raises(ValueError, match="asks a 'noise' prediction at t = 0"):
+    with pytest.raises(ValueError, match=r"asks a 'noise' prediction at t = 0.*says both rescale_betas_zero_snr"):
         s.set_timesteps(4)
+    for option, value in (("prediction_type", "v_prediction"), ("rescale_betas_zero_snr", False),
+                          ("timestep_spacing", "leading")):  # fmt: skip
+        mended = Scheduler.from_config(s.config, solver="unipc", **{option: value})
+        mended.set_timesteps(4)
+    s = Scheduler.from_config({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, solver="ddim",
+                              grid="uniform")  # fmt: skip
+    with pytest.raises(ValueError, match=r"Lay the steps out within: .*grid="):
+        s.set_timesteps(4)
+    s = Scheduler.from_config(s, grid=[0.1, 0.4, 0.7, 1.0])
+    s.set_timesteps(3)
 
 
 def test_learned_variance_is_not_used() -> None:

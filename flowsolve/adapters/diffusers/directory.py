@@ -16,7 +16,7 @@ from torch import nn
 
 from flowsolve.adapters.diffusers.convention import DISTILLED, JUMPS, class_name, completed, convention
 from flowsolve.adapters.diffusers.models import MODELS, check_channels, wrap
-from flowsolve.adapters.diffusers.refusals import accompanied, contradicted
+from flowsolve.adapters.diffusers.refusals import MARKS, accompanied, contradicted
 from flowsolve.adapters.diffusers.weights import built, count
 from flowsolve.adapters.files import Source, read_json, safetensors_header
 from flowsolve.adapters.finding import Finding
@@ -36,9 +36,6 @@ SCALE = 0.18215
 """The scaling_factor of an AutoencoderKL whose configuration is older than that entry, as its class has it."""
 TRANSFORMS = {"digits": digits.TRANSFORM}
 """The data sets of `flowsolve train`."""
-MARKS = re.compile(
-    r"(?:^|[-_/. ])(turbo|lcm|tcd|lightning|schnell|hyper-?sd\w*|dmd2?|consistency)(?=$|[-_/. \d])", re.IGNORECASE
-)
 
 
 def load(source: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Flow:

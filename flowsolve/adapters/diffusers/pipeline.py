@@ -43,6 +43,7 @@ from torch import Tensor, nn
 
 from flowsolve._batch import state_dtype
 from flowsolve.adapters.diffusers.layout import OWN
+from flowsolve.adapters.diffusers.refusals import warn_if_distilled
 from flowsolve.adapters.diffusers.scheduler import Scheduler, StepOutput
 from flowsolve.adapters.networks import first_half
 from flowsolve.flow import Flow
@@ -92,7 +93,8 @@ class Captured:
 def capture(pipe: Any, *args: Any, **kwargs: Any) -> Captured:
     """The network of a pipeline with the conditioning of a call, as a flow.
 
-    Costs one evaluation of the network. The pipeline itself is not changed.
+    Costs one evaluation of the network. The pipeline itself is not changed. A pipeline that is known to be distilled
+    (turbo, schnell, LCM) is a UserWarning: its network has no ODE.
 
     Args:
         pipe: a diffusers pipeline, with its own scheduler or a `Scheduler`.
@@ -103,6 +105,7 @@ def capture(pipe: Any, *args: Any, **kwargs: Any) -> Captured:
         ValueError: a scheduler that is not supported.
         RuntimeError: a pipeline whose loop cannot be led; see the module's docstring.
     """
+    warn_if_distilled(pipe)
     loop, later = _Waiting(), _copied(kwargs)  # copied before the call draws from its generators
     led, net = _led(pipe, loop), _Turn(loop)
     sample, when = loop.begin(led, args, kwargs)

@@ -9,10 +9,19 @@ Its scheduler says so (`variance_type`). And **pipelines of more than one networ
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["accompanied", "contradicted"]
+if TYPE_CHECKING:
+    from flowsolve.adapters.diffusers.reading import Reading
+
+__all__ = ["MARKS", "accompanied", "advised", "contradicted", "warn_if_distilled"]
+
+MARKS = re.compile(
+    r"(?:^|[-_/. ])(turbo|lcm|tcd|lightning|schnell|hyper-?sd\w*|dmd2?|consistency)(?=$|[-_/. \d])", re.IGNORECASE
+)
+"""Of distilled networks, in the names of checkpoints."""
 
 COMPANIONS = {
     "controlnet": "a ControlNet",
@@ -72,4 +81,41 @@ def accompanied(pipeline: str, parts: Iterable[str], folder: str) -> str | None:
         f"a {pipeline} has {found}, and its denoiser alone makes other images. Open it as a pipeline and use "
         "flowsolve.adapters.diffusers.capture(pipe, ...), which has all of it, or a Scheduler inside it; for the "
         f"denoiser alone load its folder, {folder}/, with scheduler= declared"
+    )
+
+
+def advised(error: Exception, reading: Reading) -> str:
+    """The message of an estimate that does not exist on a scheduler's grid, with what can be done in a pipeline."""
+    what, make = str(error).partition(";")[0], "Scheduler.from_config(pipe.scheduler, solver=..., "
+    if not reading.config.get("rescale_betas_zero_snr"):
+        return f"{what}. Lay the steps out within: {make}grid=[...]), flow times one more than steps"
+    return (
+        f"{what}. The configuration says both rescale_betas_zero_snr and prediction_type = "
+        f"{reading.config.get('prediction_type')!r}. If the network predicts v, say so: {make}"
+        f"prediction_type='v_prediction'); if it was trained on the table as it is without, {make}"
+        f"rescale_betas_zero_snr=False); otherwise begin below pure noise: {make}timestep_spacing='leading'), without "
+        "grid= and with another solver than 'auto'"
+    )
+
+
+def warn_if_distilled(pipe: Any) -> None:
+    """Say of a pipeline whose network jumps to the data that a solver of many steps makes it no better."""
+    net = next((n for k in ("unet", "transformer") if (n := getattr(pipe, k, None)) is not None), None)
+    config: Mapping[str, Any] = getattr(net, "config", None) or {}
+    names = [str(c.get("_name_or_path", "")) for c in (getattr(pipe, "config", None) or {}, config)]
+    marks = sorted({m.group(1).lower() for n in names for m in MARKS.finditer(n)})
+    if marks:
+        why = f"the name of this checkpoint says {', '.join(marks)}"
+    elif "LatentConsistency" in type(pipe).__name__:
+        why = f"a {type(pipe).__name__} is of latent consistency"
+    elif type(net).__name__ == "FluxTransformer2DModel" and not config.get("guidance_embeds"):
+        why = "FLUX without guidance_embeds is the schnell model"
+    else:
+        return
+    warnings.warn(
+        f"{why}: such networks are trained to jump to the data in one or a few steps, not to estimate its mean, so "
+        "that more steps or a solver of higher order make the images no better, and often worse; keep its own scheduler "
+        "and its own number of steps",
+        UserWarning,
+        stacklevel=4,
     )

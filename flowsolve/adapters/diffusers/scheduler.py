@@ -44,15 +44,17 @@ from flowsolve.adapters.diffusers.layout import Plan, lay
 from flowsolve.adapters.diffusers.peers import as_configured, unstated
 from flowsolve.adapters.diffusers.pull import Run
 from flowsolve.adapters.diffusers.reading import LEAST, OURS, Reading, read, start_std
+from flowsolve.adapters.diffusers.refusals import advised, warn_if_distilled
 from flowsolve.adapters.diffusers.seeds import seeds
 from flowsolve.adapters.diffusers.settings import INSTALL, OPTIONS, merged, named, require_saveable, write_note
 from flowsolve.adapters.diffusers.tables import table_size
 from flowsolve.noise import Noise
+from flowsolve.predictions import SingularEstimate
 from flowsolve.solvers import DDIM
 
 require("diffusers", "diffusers", "a scheduler for its pipelines")
 # Loading a pipeline looks for these two in the module that a component's class is from.
-from diffusers import ConfigMixin, SchedulerMixin  # noqa: E402
+from diffusers import ConfigMixin, DiffusionPipeline, SchedulerMixin  # noqa: E402
 from diffusers.utils import BaseOutput  # noqa: E402
 
 __all__ = ["ConfigMixin", "Scheduler", "SchedulerMixin", "StepOutput"]
@@ -93,7 +95,8 @@ class Scheduler(SchedulerMixin, ConfigMixin):
     """A solver of flowsolve as a scheduler of diffusers.
 
     Args:
-        config: the pipeline's scheduler or its configuration, `pipe.scheduler.config`, or those of another `Scheduler`.
+        config: the pipeline's scheduler or its configuration, `pipe.scheduler.config`, or those of another `Scheduler`;
+            or the pipeline itself, and a UserWarning says if it is known to be distilled.
         solver: a solver of `flowsolve.solvers` on a fixed grid, its name in lower case ("unipc", "dpmsolver++", "heun",
             …), or "auto". By name, multistep solvers have the configuration's order (`solver_order`, by default 2) and
             `lower_order_final`.
@@ -131,6 +134,9 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         seed: int | None = None,
         **changes: Any,
     ) -> None:
+        if isinstance(config, DiffusionPipeline):
+            warn_if_distilled(config)
+            config = config.scheduler
         live = config._options if isinstance(config, Scheduler) else {}
         if not isinstance(config, Mapping | SchedulerMixin):
             raise TypeError(f"config is a {type(config).__name__}; expected that of a scheduler, pipe.scheduler.config")
@@ -303,11 +309,14 @@ class Scheduler(SchedulerMixin, ConfigMixin):
                 f"num_inference_steps = {num_inference_steps} beside {len(listed)} values; give one of them"
             )
         o = self._options
-        plan = lay(
-            self.reading, o["solver"], o["grid"], o["chart"], o["final"], mu=mu, by_name=self._by_name, like=self._like,
-            steps=None if given else num_inference_steps,
-            timesteps=listed if timesteps is not None else None, sigmas=listed if sigmas is not None else None,
-        )  # fmt: skip
+        try:
+            plan = lay(
+                self.reading, o["solver"], o["grid"], o["chart"], o["final"], mu=mu, by_name=self._by_name,
+                like=self._like, steps=None if given else num_inference_steps,
+                timesteps=listed if timesteps is not None else None, sigmas=listed if sigmas is not None else None,
+            )  # fmt: skip
+        except SingularEstimate as error:
+            raise SingularEstimate(advised(error, self.reading)) from error
         flow = self.reading.flow
         host = tuple(float(flow.clock(t)) for t in plan.times)
         end = plan.closing.t if plan.closing is not None else plan.end
