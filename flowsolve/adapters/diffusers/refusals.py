@@ -114,8 +114,8 @@ def warn_if_distilled(pipe: Any) -> None:
         return
     warnings.warn(
         f"{why}: such networks are trained to jump to the data in one or a few steps, not to estimate its mean, so "
-        "that more steps or a solver of higher order make the images no better, and often worse; keep its own scheduler "
-        "and its own number of steps",
+        "that more steps or a solver of higher order make the images no better, and often worse; keep its own "
+        "scheduler and its own number of steps",
         UserWarning,
         stacklevel=4,
     )
