@@ -208,7 +208,10 @@ def _checked(
     if closing is not None:
         within(path, begins[-1])
         flow.require(begins[-1], "the final step")
-    stepper = solver.on(path, chart, intervals or [(begins[0], 1.0, 1)])
+    laid = intervals or ((begins[0], 1.0, 1),)
+    if closing is not None and getattr(solver, "cooldown", False):  # it is the last step, and of order 1
+        laid = (*laid, (begins[-1], 1.0, 1)) if intervals else laid
+    stepper = solver.on(path, chart, laid)
     times = [t for interval in intervals for t in _asked(reading, stepper, *interval)]
     first = [*accumulate((n for _, _, n in intervals), initial=0)]
     if closing is not None:
