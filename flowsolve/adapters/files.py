@@ -231,6 +231,7 @@ def safetensors_header(file: Path) -> tuple[dict[str, str], Shapes]:
     if len(header) > MAX_TENSORS:
         raise ValueError(f"{file} describes {len(header):,} tensors; expected at most {MAX_TENSORS:,}")
     shapes: Shapes = {}
+    spans: list[tuple[int, int]] = []
     for name, entry in header.items():
         try:
             bits, shape = _ITEM_BITS[entry["dtype"]], tuple(int(n) for n in entry["shape"])
@@ -248,6 +249,19 @@ def safetensors_header(file: Path) -> tuple[dict[str, str], Shapes]:
                 f"{file} is truncated: tensor {name!r} ends at byte {8 + length + end:,}, the file has {size:,}"
             )
         shapes[name] = shape
+        spans.append((begin, end))
+    last = 0
+    for begin, end in sorted(spans):
+        if begin != last:
+            raise ValueError(
+                f"{file} has tensors that overlap, or leave bytes out, at byte {min(begin, last):,} of them"
+            )
+        last = end
+    if (left := size - 8 - length - last) > 0:
+        raise ValueError(
+            f"{file} has {left:,} bytes after its last tensor, so that it is not as it was written (a broken download, "
+            "or something appended); download or save it again"
+        )
     return {str(k): str(v) for k, v in metadata.items()}, shapes
 
 

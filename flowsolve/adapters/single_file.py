@@ -14,13 +14,18 @@ A single file holds weights in the layout of the training code, without the arch
 | `double_blocks` and `guidance_in` (FLUX dev) | `CondOT`, the clock $1 - t$, velocity towards the noise |
 | `double_blocks` without `guidance_in` (FLUX schnell) | refused unless `distilled=False`: it is distilled |
 
+**Averaged weights** (`model_ema.…`, the names of the raw ones without their dots) are taken where they lie beside the
+raw ones, `model.diffusion_model.…`, as training scripts sample with them; the evidence says which were taken.
+
+**LoRA** files hold updates of another network's weights, and are named as such.
+
 Where neither a key nor the metadata name the prediction it has to be declared: fine-tunes that predict v carry the very
 tensors of those that predict ε.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -29,6 +34,7 @@ from flowsolve.adapters.diffusers.convention import FLOW, JUMPS
 from flowsolve.adapters.diffusers.tables import alphas_cumprod
 from flowsolve.adapters.files import Source
 from flowsolve.adapters.finding import Finding
+from flowsolve.adapters.lora import REFUSAL, is_lora
 from flowsolve.adapters.networks import (
     FirstHalf,
     Preconditioned,
@@ -47,6 +53,7 @@ __all__ = ["DECLARES", "NAMES", "recognise"]
 NAMES = ("stable-diffusion",)
 DECLARES = ("net", "distilled")
 PREFIX = "model.diffusion_model."
+EMA = "model_ema."
 WIDTHS = {768: "SD 1", 1024: "SD 2", 1280: "SDXL refiner", 2048: "SDXL"}
 LATENT = {"SD 1": 0.18215, "SD 2": 0.18215, "SDXL refiner": 0.13025, "SDXL": 0.13025}
 PREDICTION_TYPES = {"epsilon": "noise", "eps": "noise", "v": "v", "v_prediction": "v", "sample": "data"}
@@ -58,7 +65,10 @@ def recognise(source: Source, said: Mapping[str, Any], asked: bool) -> Finding |
     if source.kind not in ("safetensors", "torch"):
         return None
     names = source.tensors
-    bare = {k.removeprefix(PREFIX): shape for k, shape in names.items()}
+    if is_lora(names):
+        first = f"tensors {next(iter(names))}, …"
+        return Finding(str(source.given), NAMES[0], 0.95, (first,), parameters=_count(names), refusal=REFUSAL)
+    bare = {k.removeprefix(PREFIX): shape for k, shape in names.items() if not k.startswith(EMA)}
     cross = next((s for k, s in bare.items() if k.endswith("attn2.to_k.weight") and "input_blocks" in k), None)
     evidence: list[str] = [f"metadata {k}: {v}" for k, v in source.metadata.items() if k.startswith("modelspec.")][:4]
     if cross is not None and len(cross) == 2:
@@ -92,6 +102,7 @@ def _unet(source: Source, said: Mapping[str, Any], bare: Mapping[str, Any], widt
     names = source.tensors
     kind = WIDTHS.get(width)
     evidence.append(f"attn2.to_k of width {width}: {kind or 'no known model'}")
+    evidence += _averaged(names)[1]
     marks = [k for k in EDM_STATE if k in names]
     evidence += [f"key {k}" for k in marks]
     inner = bare["input_blocks.0.0.weight"][1] if "input_blocks.0.0.weight" in bare else 4
@@ -167,9 +178,22 @@ def _flow(
 def _filled(source: Source, said: Mapping[str, Any], device: Any, dtype: Any) -> Any:
     source.require_trust()
     state = source.state()
+    taken = _averaged(state)[0]
     if any(k.startswith(PREFIX) for k in state):
-        state = {k.removeprefix(PREFIX): v for k, v in state.items() if k.startswith(PREFIX)}
+        state = {k.removeprefix(PREFIX): state[taken.get(k, k)] for k in state if k.startswith(PREFIX)}
     return place(fill(said["net"], {k: v for k, v in state.items() if k not in EDM_STATE}, source.file), device, dtype)
+
+
+def _averaged(names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """The averaged tensor for each raw one of the network, where all of them have one; and what to say of that."""
+    raw = [k for k in names if k.startswith(PREFIX)]
+    held = {k for k in names if k.startswith(EMA)}
+    pairs = {k: twin for k in raw if (twin := EMA + k.removeprefix("model.").replace(".", "")) in held}
+    if not pairs:
+        return {}, []
+    if len(pairs) < len(raw):
+        return {}, [f"{EMA}…: averages of {len(pairs)} of {len(raw)} tensors; the raw weights are taken"]
+    return pairs, [f"{EMA}…: averaged weights beside the raw ones; the averaged are taken"]
 
 
 def _count(bare: Mapping[str, Any]) -> int:

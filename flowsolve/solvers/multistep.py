@@ -14,8 +14,10 @@ A predictor through k nodes is of order k, with a corrector of k nodes and the e
 one error of size h² (h³ with a corrector) that the first step makes is then what remains in the end: such a solve
 converges with order 2 (3), however many nodes follow, though at few steps the later ones matter more. With
 `warmup="single"` the first order − 1 steps are single steps (`flowsolve.solvers.singlestep`) of order up to 3 with as
-many evaluations, and the order of the method shows, up to 4. **The last steps**: on networks whose field is stiffest at
-the data it can pay to let the order fall again (`cooldown=True`).
+many evaluations, and the order of the method shows, up to 4. With `warmup="trapezoid"` the first step is taken twice,
+by $F_0$ and then by the mean of $F_0$ and of F where that led, for one evaluation more, not used again: the
+start of PLMS (`IPNDM(warmup="trapezoid")`; Liu et al. 2022); its one error is of size h³. **The last steps**: on
+networks whose field is stiffest at the data it can pay to let the order fall again (`cooldown=True`).
 
 `IPNDM` takes the weights of Adams and Bashforth's formulas for equal steps, whatever the steps are: of its order only
 where the grid is uniform in the clock of its form, and often good where it is not.
@@ -71,7 +73,8 @@ class Multistep(EstimateSolver):
             start of each step.
         variable: in what F is a polynomial: "log_snr", "clock" (of the form) or "time" (flow time).
         rule: the weight of the second of two nodes: "exact", "bh2" or "bh1".
-        warmup: "ramp" (orders 1, 2, …) or "single" (`order` evaluations for each of the first order − 1 steps).
+        warmup: "ramp" (orders 1, 2, …), "single" (`order` evaluations for each of the first order − 1 steps) or
+            "trapezoid" (orders 2, 2, 3, …: two evaluations for the first step).
         cooldown: orders …, 2, 1 in the last steps.
     """
 
@@ -95,9 +98,9 @@ class Multistep(EstimateSolver):
             check_eta(self.eta)
         check_choice("variable", self.variable, VARIABLES)
         check_choice("rule", self.rule, RULES)
-        check_choice("warmup", self.warmup, ("ramp", "single"))
-        if self.warmup == "single" and self.random:
-            raise ValueError("warmup = 'single' is for the ODE; expected eta = 0 beside it")
+        check_choice("warmup", self.warmup, ("ramp", "single", "trapezoid"))
+        if self.warmup != "ramp" and self.random:
+            raise ValueError(f"warmup = {self.warmup!r} is for the ODE; expected eta = 0 beside it")
 
     @property
     def random(self) -> bool:
@@ -109,12 +112,16 @@ class Multistep(EstimateSolver):
         return float(self.eta(t)) if callable(self.eta) else float(self.eta)
 
     def schedule(self, nfe: int) -> list[int]:
-        """One evaluation a step, but for the first ones with warmup="single"."""
-        first: list[int] = []
+        """One evaluation a step, but for the first ones with warmup="single" or "trapezoid"."""
+        first: list[int] = [2] if self.warmup == "trapezoid" and nfe > 1 else []
         dear = min(self.order, max(SCHEMES))
         while self.warmup == "single" and len(first) < self.order - 1 and sum(first) + dear < nfe:
             first.append(dear)
         return first + [1] * (nfe - sum(first))
+
+    def asks_at_end(self, evaluations: int) -> bool:
+        """Whether a step of so many evaluations asks at the time it ends: that which is taken twice."""
+        return self.warmup == "trapezoid" and evaluations > 1
 
     def on(self, path: Path, chart: Chart | None, grid: Sequence[tuple[float, float, int]] = ()) -> Stepper:
         """The step function of this solver on a path; it takes no chart."""
@@ -146,7 +153,11 @@ class Multistep(EstimateSolver):
                 before = past[0].t
                 known_before = past[: min(self.corrector, left.get(before, MOST))]
                 x = taken(state, state.origin, before, t, (now, *known_before))
-            if evaluations > 1:
+            if evaluations > 1 and self.warmup == "trapezoid":
+                made = coefficients(t, t_next, (t,))
+                end = form.value((yield Query(applied(made, x, (now.value,)), t_next)))
+                ahead = applied(made, x, (0.5 * (now.value + end),))
+            elif evaluations > 1:
                 ahead = yield from substeps(path, form, SCHEMES[evaluations], state, estimate, t, t_next)
             else:
                 ahead = taken(state, x, t, t_next, (now, *past)[: min(self.order, left.get(t, MOST))])

@@ -40,6 +40,7 @@ ALIASES: Mapping[str, Callable[..., Any]] = {
     "dpmpp2msde": partial(solvers.SDEDPMSolverPP, order=2),
     "dpmpp2sa": partial(solvers.Ancestral, solvers.DPMSolverPPS(2)),
     "dpmpp2sancestral": partial(solvers.Ancestral, solvers.DPMSolverPPS(2)),
+    "plms": partial(solvers.IPNDM, warmup="trapezoid"),
     "dpmppsde": partial(solvers.DPMSolverPPS, order=2, eta=1.0),
     "unipcbh2": partial(solvers.UniPC, rule="bh2"),
 }

@@ -175,6 +175,24 @@ def test_headers_agree_with_the_library(tmp_path: Path) -> None:
     assert shapes == {"a": (2, 3), "b": (4,), "c": ()}
 
 
+def test_bytes_after_the_last_tensor(tmp_path: Path) -> None:
+    """The library's own error does not say which file it is about."""
+    file = tmp_path / "grown.safetensors"
+    save_file({"a": torch.zeros(2, 3)}, str(file))
+    file.write_bytes(file.read_bytes() + b"12345")
+    for read in (safetensors_header, lambda f: adapters.load(f, net=nn.Linear(2, 2), **SAID)):
+        with pytest.raises(ValueError, match=r"grown.safetensors has 5 bytes after its last tensor"):
+            read(file)
+
+
+def test_tensors_that_share_bytes(tmp_path: Path) -> None:
+    file = tmp_path / "shared.safetensors"
+    header = json.dumps({n: {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]} for n in "ab"}).encode()
+    file.write_bytes(struct.pack("<Q", len(header)) + header + bytes(16))
+    with pytest.raises(ValueError, match=r"shared.safetensors has tensors that overlap"):
+        safetensors_header(file)
+
+
 @pytest.mark.parametrize("cut", [10, 100, 300])
 def test_truncated_torch_files(tmp_path: Path, cut: int) -> None:
     for old in (True, False):

@@ -625,8 +625,9 @@ def conditions(case: Case, name: str, sign: str = "") -> dict[str, Any]:
 
 
 def latents(case: Case, name: str, scheduler: Any) -> Tensor:
-    """What the pipeline starts from with the seed 7."""
-    start = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(7)) * scheduler.init_noise_sigma
+    """What the pipeline starts from with the seed 7, as the path scales it."""
+    shown = scheduler.reading.shown(scheduler.reading.path.at(scheduler.nodes[0]))
+    start = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(7)) * scheduler.init_noise_sigma / shown
     return case.pipe._pack_latents(start, 2, 4, 8, 8) if name == "flux" else start
 
 

@@ -434,6 +434,53 @@ def test_pndm_takes_one_evaluation_more_than_steps() -> None:
     assert s.timesteps.tolist() == list(dict.fromkeys(theirs.timesteps.tolist()))
 
 
+STABLE_1: dict[str, Any] = {
+    "_class_name": "PNDMScheduler", **STABLE, "clip_sample": False, "num_train_timesteps": 1000,
+    "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1, "trained_betas": None,
+}  # fmt: skip
+"""Of Stable Diffusion 1.5, as published."""
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 20, 50])
+def test_plms_is_pndm(steps: int, spacing: str) -> None:
+    """Liu et al. 2022 without Runge–Kutta steps: the same times, N + 1 of them, and the same samples, to rounding.
+
+    Their table is given in float64 here; some 50 operations a step on numbers of order 100.
+    """
+    if spacing == "trailing" and 1000 % steps:
+        pytest.skip("they step by ⌊T/N⌋, whatever is next in the list")
+    config, ends = {**STABLE_1, "timestep_spacing": spacing}, []
+    theirs = diffusers.PNDMScheduler.from_config(config)
+    theirs.alphas_cumprod = fs.adapters.diffusers.alphas_cumprod(config)
+    theirs.final_alpha_cumprod = theirs.alphas_cumprod[0]
+    ours = Scheduler.from_config(config, solver="plms")
+    for s in (theirs, ours):
+        s.set_timesteps(steps)
+        x = noise()
+        for t in s.timesteps:
+            x = s.step(torch.sin(x) * (0.5 + 0.4 * torch.cos(t.double() / 300.0)), t, x, return_dict=False)[0]
+        ends.append(x)
+    assert ours.timesteps.tolist() == theirs.timesteps.tolist()
+    assert ours.nfe == (steps + 1 if steps > 1 else 1)
+    assert ours.order == 1
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-11, atol=1e-11)
+
+
+def test_plms_begins_within() -> None:
+    """Image-to-image passes over entries; at the one that is there twice the first does nothing."""
+    s = Scheduler.from_config(STABLE_1, solver="plms")
+    s.set_timesteps(8)
+    assert s.timesteps[1] == s.timesteps[2]
+    ends = []
+    for first in (1, 2):
+        s.set_timesteps(8)
+        s.set_begin_index(first)
+        ends.append(loop(s, noise(), first))
+    assert torch.equal(*ends)
+    assert not torch.equal(ends[0], noise())
+
+
 # --- beginning within, and going elsewhere ----------------------------------------------------------------------------
 
 
@@ -807,8 +854,18 @@ def test_noise_prediction_of_pure_noise_is_refused() -> None:
     s = Scheduler.from_config(
         diffusers.DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing"), solver="ddim"
     )
-    with pytest.raises(ValueError, match="asks a 'noise' prediction at t = 0"):
+    with pytest.raises(ValueError, match=r"asks a 'noise' prediction at t = 0.*says both rescale_betas_zero_snr"):
         s.set_timesteps(4)
+    for option, value in (("prediction_type", "v_prediction"), ("rescale_betas_zero_snr", False),
+                          ("timestep_spacing", "leading")):  # fmt: skip
+        mended = Scheduler.from_config(s.config, solver="unipc", **{option: value})
+        mended.set_timesteps(4)
+    s = Scheduler.from_config({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, solver="ddim",
+                              grid="uniform")  # fmt: skip
+    with pytest.raises(ValueError, match=r"Lay the steps out within: .*grid="):
+        s.set_timesteps(4)
+    s = Scheduler.from_config(s, grid=[0.1, 0.4, 0.7, 1.0])
+    s.set_timesteps(3)
 
 
 def test_learned_variance_is_not_used() -> None:
@@ -888,7 +945,8 @@ def test_what_is_read_from_a_checkpoint_is_read_in_a_pipeline(name: str) -> None
     for k, t in zip(s.timesteps, s._table.plan.times, strict=True):
         output = Net()(s.scale_model_input(x, k), k.expand(4)).sample
         out = s.step(output, k, x)
-        torch.testing.assert_close(out.pred_original_sample, flow.data(x, t), rtol=1e-3, atol=1e-3)
+        state = x / s.reading.shown(s.reading.path.at(t))  # Euler's kin show x/α
+        torch.testing.assert_close(out.pred_original_sample, flow.data(state, t), rtol=1e-3, atol=1e-3)
         x = out.prev_sample
     assert torch.isfinite(x).all()
 
@@ -913,12 +971,11 @@ def test_nodes_of_the_less_common_are_those_of_diffusers(name: str, options: dic
     theirs.set_timesteps(6, **({"jump_length": 100} if name == "RePaintScheduler" else {}))
     s.set_timesteps(6)
     torch.testing.assert_close(s.timesteps.double(), theirs.timesteps.double(), rtol=1e-5, atol=1e-4)
-    alpha = s.reading.path.alpha(s.nodes[0]) if name == "EulerDiscreteScheduler" else 1.0  # their state is x/α
     if hasattr(theirs, "init_noise_sigma"):
-        assert s.init_noise_sigma / alpha == pytest.approx(float(theirs.init_noise_sigma), rel=1e-5)
+        assert s.init_noise_sigma == pytest.approx(float(theirs.init_noise_sigma), rel=1e-5)
     if hasattr(theirs, "scale_model_input"):
         x = noise().float()
-        fed = theirs.scale_model_input(x / alpha, theirs.timesteps[0])
+        fed = theirs.scale_model_input(x, theirs.timesteps[0])
         torch.testing.assert_close(s.scale_model_input(x, s.timesteps[0]), fed, rtol=1e-5, atol=1e-6)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from flowsolve.adapters.diffusers import FLOW, TABLE_SCHEDULERS, alphas_cumprod, as_flow, completed, convention
+from flowsolve.adapters.diffusers import FLOW, TABLE_SCHEDULERS, alphas_cumprod, as_flow, completed, convention, options
 from flowsolve.adapters.diffusers.convention import DISTILLED, EDM_SCHEDULERS, SUPPORTED
 from flowsolve.paths import EDM, VE, CondOT, Discrete, Trig
 
@@ -350,7 +351,26 @@ def test_refusals() -> None:
         alphas_cumprod({"num_train_timesteps": 10, "beta_schedule": "quadratic"})
 
 
-def test_an_option_of_a_newer_version_is_kept() -> None:
-    """What the installed scheduler class does not know is not dropped in silence."""
-    config = completed({"_class_name": "DDPMScheduler", "use_flow_sigmas": True, "prediction_type": "epsilon"})
+def test_an_option_of_a_newer_version_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the named class has, but the installed version not yet, is read; what no class is known to have is left."""
+    monkeypatch.setattr(options, "parameters", lambda name: {"num_train_timesteps": 1000})
+    told = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "an_option_to_come": 3}
+    config = completed({"_class_name": "UniPCMultistepScheduler", **told})
     assert convention(config).path == CondOT()
+    assert config["an_option_to_come"] == 3
+
+
+def test_a_configuration_is_read_without_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the table of options, which is that of the installed version where that knows no more."""
+    with_it = {n: completed({"_class_name": n}) for n in SUPPORTED}
+    options.parameters.cache_clear()
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    try:
+        without = {n: completed({"_class_name": n}) for n in SUPPORTED}
+    finally:
+        options.parameters.cache_clear()
+    for name in SUPPORTED:
+        assert {k: with_it[name].get(k, "missing") for k in without[name]}.keys() >= without[name].keys()
+        assert convention(without[name]).prediction.name == convention(with_it[name]).prediction.name
+    if tuple(int(v) for v in diffusers.__version__.split(".")[:2]) == (0, 42):
+        assert without == with_it

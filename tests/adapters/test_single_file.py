@@ -145,3 +145,49 @@ def test_a_part_of_a_diffusers_directory(tmp_path: Path) -> None:
     file = write(tmp_path / "diffusion_pytorch_model.safetensors", {"down_blocks.0.resnets.0.conv1.weight": ONE})
     with pytest.raises(adapters.Unrecognised, match="give the directory that holds them"):
         adapters.load(file)
+
+
+def averaged(raw: dict[str, Tensor], value: float) -> dict[str, Tensor]:
+    """What the training script of latent diffusion keeps beside the raw weights."""
+    own = {k: v for k, v in raw.items() if k.startswith("model.diffusion_model.")}
+    twins = {
+        "model_ema." + k.removeprefix("model.").replace(".", ""): torch.full_like(v, value) for k, v in own.items()
+    }
+    return {**raw, **twins, "model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(5)}
+
+
+def test_averaged_weights_are_taken_and_said(tmp_path: Path) -> None:
+    file = write(tmp_path / "full.safetensors", averaged(ldm(), 1.0), prediction_type="epsilon")
+    finding = adapters.inspect(file)
+    assert "model_ema.…: averaged weights beside the raw ones; the averaged are taken" in finding.evidence
+    assert finding.parameters == adapters.inspect(write(tmp_path / "raw.safetensors", ldm())).parameters
+    net = Tree()
+    adapters.load(file, net=net)
+    assert all(bool((v == 1.0).all()) for v in net.state_dict().values())  # the raw ones are 0
+
+
+def test_averages_of_some_weights_are_not_mixed_with_raw_ones(tmp_path: Path) -> None:
+    tensors = averaged(ldm(), 1.0)
+    del tensors["model_ema.diffusion_modelout2weight"]
+    file = write(tmp_path / "part.safetensors", tensors, prediction_type="epsilon")
+    assert "model_ema.…: averages of 3 of 4 tensors; the raw weights are taken" in adapters.inspect(file).evidence
+    net = Tree()
+    adapters.load(file, net=net)
+    assert all(bool((v == 0.0).all()) for v in net.state_dict().values())
+
+
+@pytest.mark.parametrize("names", [
+    ("lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight",
+     "lora_unet_down_blocks_0_attentions_0_proj_in.lora_up.weight",
+     "lora_unet_down_blocks_0_attentions_0_proj_in.alpha", "lora_te1_text_model_mlp_fc1.lora_up.weight"),
+    ("transformer.single_transformer_blocks.0.attn.to_k.lora_A.weight",
+     "transformer.single_transformer_blocks.0.attn.to_k.lora_B.weight"),
+    ("unet.down_blocks.0.attentions.0.processor.to_k_lora.down.weight",
+     "unet.down_blocks.0.attentions.0.processor.to_k_lora.up.weight"),
+])  # fmt: skip
+def test_a_lora_is_named_as_such(tmp_path: Path, names: tuple[str, ...]) -> None:
+    file = write(tmp_path / "style.safetensors", {k: torch.zeros(2, 2) for k in names})
+    with pytest.raises(adapters.Unrecognised, match=r"it is a LoRA.*pipe.load_lora_weights"):
+        adapters.load(file)
+    with pytest.raises(ValueError, match=r"style.safetensors: it is a LoRA"):
+        adapters.load(tmp_path)

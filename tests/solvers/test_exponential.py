@@ -172,6 +172,8 @@ MULTI: list[tuple[str, Any, int]] = [
     ("tAB3", DEIS(3, variable="time", **SINGLE), 3),
     ("ρAB3", DEIS(3, variable="clock", **SINGLE), 3),
     ("LMS", LMS(4, **SINGLE), 4),
+    ("2M twice", Multistep(2, warmup="trapezoid"), 2),
+    ("DEIS-3 twice", DEIS(3, warmup="trapezoid"), 3),
     ("iPNDM-v", IPNDM(3, equal=False, **SINGLE), 3),
 ]
 ONE: list[tuple[str, Any, int]] = [

@@ -23,6 +23,7 @@ from flowsolve.solvers import names
         ("dopri5:adaptive=false", solvers.Dopri5(adaptive=False)),
         ("auto:eta=1", solvers.Auto(eta=1)),
         ("RK4", solvers.RK4()),
+        ("plms", solvers.IPNDM(4, warmup="trapezoid")),
     ],
 )
 def test_solvers(text: str, made: object) -> None:

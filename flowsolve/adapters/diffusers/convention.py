@@ -1,7 +1,7 @@
 r"""What a diffusers scheduler says of *training*: the path, the prediction and the clock of its network.
 
 What it says of sampling (spacing, clipping, order, shift, Karras or beta sigmas) is for a solver and a grid to decide
-and is not used.
+and is not used. An option of another class says nothing (`flowsolve.adapters.diffusers.options`).
 
 **Tables** (DDPM, DDIM and all that share their table) train on $\bar\alpha_k$, $k = 0 \dots N-1$
 (`flowsolve.adapters.diffusers.tables`), and tell the network the index $k$. The path is `Discrete`, the time "native".
@@ -29,13 +29,12 @@ time $1 - t$.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flowsolve._optional import require
+from flowsolve.adapters.diffusers.options import foreign, options_of, parameters
 from flowsolve.adapters.diffusers.tables import alphas_cumprod, table_size
 from flowsolve.adapters.networks import Preconditioned, Preconditioning, preconditioned
 from flowsolve.flow import Flow
@@ -166,7 +165,9 @@ class Convention:
 
 
 def completed(scheduler: Any) -> dict[str, Any]:
-    """A scheduler, or its configuration, as a configuration with nothing left out.
+    """A scheduler, or its configuration, as a configuration with nothing left out, and nothing of other classes.
+
+    Options that the named class does not have are carried along from others and say nothing (`options.foreign`).
 
     A scheduler that was not loaded from a file does not write its class into its configuration. Then it is the one
     that has just these options, unless such a one is for distilled networks.
@@ -174,9 +175,8 @@ def completed(scheduler: Any) -> dict[str, Any]:
     Raises:
         ValueError: a scheduler that is not supported.
     """
-    library = require("diffusers", "diffusers", "reading a diffusers scheduler")
     told = dict(scheduler if isinstance(scheduler, Mapping) else scheduler.config)
-    name = class_name(scheduler) or _by_options(library, told)
+    name = class_name(scheduler) or _by_options(told)
     if name is None:
         raise ValueError(
             "scheduler None is not supported: its configuration has no _class_name. Pass the scheduler itself, or "
@@ -186,19 +186,28 @@ def completed(scheduler: Any) -> dict[str, Any]:
         raise ValueError(f"{name} is not supported: {JUMPS}")
     if name not in SUPPORTED:
         raise ValueError(_unsupported(f"scheduler {name}", SUPPORTED))
-    if not hasattr(library.schedulers, name):
-        raise ValueError(f"diffusers {library.__version__} has no {name}; install a newer one")
-    # an option that the installed version does not know yet still says what the network was trained on
-    return {**defaults(library, name), **told, "_class_name": name}
+    dropped = foreign(told, name)
+    config = {**options_of(name), **{k: v for k, v in told.items() if k not in dropped}, "_class_name": name}
+    return _dated(config, "prediction_type" in told and "prediction_type" not in told.get("_use_default_values", ()))
 
 
-def defaults(library: Any, name: str) -> dict[str, Any]:
-    """The options of a scheduler's class, as they are by default."""
-    options = inspect.signature(getattr(library.schedulers, name).__init__).parameters.values()
-    return {p.name: p.default for p in options if p.name != "self" and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+def _dated(config: dict[str, Any], stated: bool) -> dict[str, Any]:
+    """With `predict_epsilon` (until diffusers 0.10), which today's classes ignore, as the `prediction_type` it means.
+
+    Raises:
+        ValueError: a prediction_type is stated, and is another.
+    """
+    if config.get("predict_epsilon") is not False or "prediction_type" not in config:
+        return config
+    if stated and config["prediction_type"] != "sample":
+        raise ValueError(
+            f"predict_epsilon = False (an old word for prediction_type = 'sample') and prediction_type = "
+            f"{config['prediction_type']!r} contradict each other; drop the one that is wrong"
+        )
+    return {**config, "prediction_type": "sample"}
 
 
-def _by_options(library: Any, config: Mapping[str, Any]) -> str | None:
+def _by_options(config: Mapping[str, Any]) -> str | None:
     """The class whose options are just those of a configuration; None if there is none, or if one is distilled.
 
     Supported classes that share their options share their convention.
@@ -206,8 +215,7 @@ def _by_options(library: Any, config: Mapping[str, Any]) -> str | None:
     keys = {k for k in config if not k.startswith("_")}
     if "_class_name" in config or not keys:
         return None
-    known = [n for n in (*SUPPORTED, *DISTILLED) if hasattr(library.schedulers, n)]
-    found = [n for n in known if defaults(library, n).keys() == keys]
+    found = [n for n in (*SUPPORTED, *DISTILLED) if parameters(n).keys() == keys]
     return found[0] if found and not set(found) & set(DISTILLED) else None
 
 

@@ -16,9 +16,12 @@ from torch import nn
 
 from flowsolve.adapters.diffusers.convention import DISTILLED, JUMPS, class_name, completed, convention
 from flowsolve.adapters.diffusers.models import MODELS, check_channels, wrap
+from flowsolve.adapters.diffusers.refusals import MARKS, accompanied, contradicted
 from flowsolve.adapters.diffusers.weights import built, count
-from flowsolve.adapters.files import Source, read_json
+from flowsolve.adapters.files import Source, read_json, safetensors_header
 from flowsolve.adapters.finding import Finding
+from flowsolve.adapters.lora import REFUSAL as LORA
+from flowsolve.adapters.lora import is_lora
 from flowsolve.adapters.networks import place, require_unscaled
 from flowsolve.flow import Flow
 from flowsolve.problems import digits
@@ -34,9 +37,6 @@ SCALE = 0.18215
 TRANSFORMS = {"digits": digits.TRANSFORM}
 """Data sets of `flowsolve train` whose records may lack their number of levels."""
 MOST_LEVELS = 2**16
-MARKS = re.compile(
-    r"(?:^|[-_/. ])(turbo|lcm|tcd|lightning|schnell|hyper-?sd\w*|dmd2?|consistency)(?=$|[-_/. \d])", re.IGNORECASE
-)
 
 
 def load(source: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Flow:
@@ -78,6 +78,9 @@ def _directory(root: Path, said: Mapping[str, Any]) -> Finding:
     index = read_json(root / "model_index.json") if (root / "model_index.json").is_file() else {}
     if not parts:
         held = ", ".join(sorted(p.name for p in root.iterdir())) or "nothing"
+        for file in sorted(root.glob("*.safetensors")):
+            if is_lora(safetensors_header(file)[1]):
+                raise ValueError(f"{file}: {LORA}")
         raise FileNotFoundError(
             f"{root / 'unet' / 'config.json'} is missing; a diffusers checkpoint has unet/config.json or "
             f"transformer/config.json, and scheduler/scheduler_config.json; {str(root)!r} holds {held}"
@@ -103,10 +106,13 @@ def _directory(root: Path, said: Mapping[str, Any]) -> Finding:
     finding = _finding(str(root), root / part, config, scheduler, said, [*evidence, *more_evidence], vae, names)
     if recorded is not None and vae is None:
         finding = replace(finding, transform=recorded)
-    return _judged(finding, str(index.get("_class_name")), more)
+    pipeline, named = str(index.get("_class_name")), [k for k, v in index.items() if not isinstance(v, list) or any(v)]
+    return _judged(finding, pipeline, more, accompanied(pipeline, named, part))
 
 
-def _judged(finding: Finding, pipeline: str, more: list[str]) -> Finding:
+def _judged(finding: Finding, pipeline: str, more: list[str], also: str | None) -> Finding:
+    if finding.refusal is None and also is not None:
+        return replace(finding, refusal=also)
     if finding.refusal is None and ("Consistency" in pipeline):
         return replace(finding, refusal=f"{pipeline}: {JUMPS}")
     if finding.refusal is None and more:
@@ -130,7 +136,8 @@ def _pipeline(pipeline: Any, said: Mapping[str, Any]) -> Finding:
     finding = _finding(
         f"a {type(pipeline).__name__}", model, dict(model.config), pipeline.scheduler, said, evidence, config, names
     )
-    return _judged(finding, type(pipeline).__name__, more)
+    held = [k for k, v in pipeline.components.items() if v is not None]
+    return _judged(finding, type(pipeline).__name__, more, accompanied(type(pipeline).__name__, held, part))
 
 
 def _model(model: nn.Module, said: Mapping[str, Any]) -> Finding:
@@ -165,6 +172,7 @@ def _finding(
         )
     if wrong := check_channels(str(name), config):
         raise ValueError(f"{model}: {wrong}" if not in_memory else wrong)
+    told = scheduler if scheduler is None or isinstance(scheduler, Mapping) else scheduler.config
     scheduled = None if scheduler is None else class_name(scheduler)
     marks = sorted({m.group(1).lower() for n in names or () for m in MARKS.finditer(n)})
     if scheduled in DISTILLED:
@@ -175,6 +183,8 @@ def _finding(
         refusal = f"its name says {', '.join(marks)}: {JUMPS}. If the name misleads, declare distilled=False"
     elif name == "FluxTransformer2DModel" and not config.get("guidance_embeds") and said.get("distilled") is not False:
         refusal = f"FLUX without guidance_embeds is the schnell model: {JUMPS}. If not, declare distilled=False"
+    elif wrong := contradicted(str(name), config, told):
+        refusal = wrong
     elif scheduler is not None:
         read = convention(completed(scheduler))
         evidence.append(f"{scheduled}: {_options(scheduler)}")
@@ -199,14 +209,14 @@ def _finding(
     elif read is not None and name in ("UNet2DModel", "UNet2DConditionModel"):
         transform = Range(*read.data_range)
 
-    told = "prediction" in said or "time" in said
-    if read is not None and read.precondition is not None and not told:
+    overruled = "prediction" in said or "time" in said
+    if read is not None and read.precondition is not None and not overruled:
         require_unscaled(said.get("path"))
 
     def network(device: torch.device | str | None, dtype: torch.dtype | None) -> Any:
         net = model if isinstance(model, nn.Module) else built(model, str(name), dtype, said.get("variant"))
         net = wrap(place(net, device, dtype if in_memory else None)).eval()
-        return net if read is None or told else read.wrap(net)
+        return net if read is None or overruled else read.wrap(net)
 
     finding = Finding(
         what,

@@ -79,6 +79,14 @@ class Plan:
         """Where the steps end."""
         return self.intervals[-1][1] if self.intervals else self.times[0]
 
+    def shown(self, at: int | None) -> float:
+        """The factor of the state at an evaluation, or of the result (None), as pipelines are shown it."""
+        if at is not None:
+            return float(self.reading.shown(self.points[at]))
+        if self.closing is None:
+            return float(self.reading.shown(self.reading.path.at(self.end)))
+        return 1.0 / self.closing.data if self.reading.stretched else 1.0
+
 
 def lay(
     reading: Reading,
@@ -200,7 +208,10 @@ def _checked(
     if closing is not None:
         within(path, begins[-1])
         flow.require(begins[-1], "the final step")
-    stepper = solver.on(path, chart, intervals or [(begins[0], 1.0, 1)])
+    laid = intervals or ((begins[0], 1.0, 1),)
+    if closing is not None and getattr(solver, "cooldown", False):  # it is the last step, and of order 1
+        laid = (*laid, (begins[-1], 1.0, 1)) if intervals else laid
+    stepper = solver.on(path, chart, laid)
     times = [t for interval in intervals for t in _asked(reading, stepper, *interval)]
     first = [*accumulate((n for _, _, n in intervals), initial=0)]
     if closing is not None:

@@ -24,7 +24,7 @@ from fractions import Fraction
 from typing import Any
 
 from flowsolve.adapters.diffusers.convention import EULERS, FLOW_SCHEDULERS
-from flowsolve.adapters.diffusers.peers import TO_THE_LOWEST
+from flowsolve.adapters.diffusers.peers import RESPACED, TO_THE_LOWEST
 from flowsolve.adapters.diffusers.reading import Reading
 from flowsolve.adapters.diffusers.tables import alphas_cumprod, table_size
 from flowsolve.grids.quantile import beta_quantile
@@ -72,6 +72,10 @@ def own(reading: Reading, steps: int, mu: float | None = None) -> Nodes:
     config, path = reading.config, reading.path
     if reading.straight:
         span = table_size(config)
+        if reading.name == "UniPCMultistepScheduler" and any(config.get(k) for k in RESPACED):
+            table = Discrete(alphas_cumprod(config))  # levels of σ/α, between those of the table where none are given
+            levels = _respaced(config, [_level(table, span - 1.0), _level(table, 0.0)], steps)
+            return [1.0 / (1.0 + v) for v in levels], 1.0
         if reading.name in FLOW_SCHEDULERS:
             base = [1.0 - (1.0 - 1.0 / span) * i / max(steps - 1, 1) for i in range(steps)]
         elif reading.name == "UniPCMultistepScheduler":

@@ -8,7 +8,8 @@ followed that far; a solver with stages takes the last step by one evaluation, w
 
 So a solver on a configuration of another class is laid out as `X.from_config` of its own class X does it: what the
 configuration states is kept, what it leaves to the defaults of its class are X's defaults, and what X does not know is
-dropped, unless the caller of `Scheduler` asked for it. The exception is a lowest level as the end
+dropped, unless the caller of `Scheduler` asked for it. (What the class that wrote it does not know, and diffusers would
+carry along from a class before that, was never stated: `options`.) The exception is a lowest level as the end
 (`set_alpha_to_one=False`), which Euler's kin keep: to end there costs them nothing.
 
 **Orders** are X's as well where a solver is given by name: without an order it is of `solver_order`, 2 by default, and
@@ -24,9 +25,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from flowsolve._optional import require
 from flowsolve._spelling import parsed
-from flowsolve.adapters.diffusers.convention import EULERS, FLOW_SCHEDULERS, TABLE_SCHEDULERS, defaults
+from flowsolve.adapters.diffusers.convention import EULERS, FLOW_SCHEDULERS, TABLE_SCHEDULERS
+from flowsolve.adapters.diffusers.options import options_of
 from flowsolve.adapters.diffusers.reading import OURS, Reading
 from flowsolve.paths import Discrete
 from flowsolve.solvers import (
@@ -95,7 +96,7 @@ def as_peer(reading: Reading, solver: Any, by_name: bool = False) -> Reading:
         return reading
     ours = config.get(OURS) or {}
     left, asked = ours.get("unstated", ()), ours.get("asked", ())  # by defaults alone; by the caller's own word
-    known = {k: v for k, v in _defaults(name).items() if k in (*LEFT, *RESPACED)}
+    known = {k: v for k, v in options_of(name).items() if k in (*LEFT, *RESPACED)}
     strict = exponential(solver) or isinstance(solver, DDIM | DDPM | LMS)
     kept = {
         k: v for k, v in config.items()
@@ -136,12 +137,8 @@ def exponential(solver: Any) -> bool:
 def unstated(config: Any, name: str) -> list[str]:
     """The options that a scheduler of a class, or its configuration, has from the defaults of the class alone."""
     told = config if isinstance(config, Mapping) else config.config
-    usual = _defaults(name)
+    usual = options_of(name)
     before = (told.get(OURS) or {}).get("unstated")
     if before is None:  # diffusers notes what it has filled in
         before = [k for k in (*LEFT, *RESPACED) if k not in told or k in told.get("_use_default_values", ())]
     return [k for k in before if k not in told or told[k] == usual.get(k)]  # a pipeline may have changed it since
-
-
-def _defaults(name: str) -> dict[str, Any]:
-    return defaults(require("diffusers", "diffusers", "reading a diffusers scheduler"), name)

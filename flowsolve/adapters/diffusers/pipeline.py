@@ -43,6 +43,7 @@ from torch import Tensor, nn
 
 from flowsolve._batch import state_dtype
 from flowsolve.adapters.diffusers.layout import OWN
+from flowsolve.adapters.diffusers.refusals import warn_if_distilled
 from flowsolve.adapters.diffusers.scheduler import Scheduler, StepOutput
 from flowsolve.adapters.networks import first_half
 from flowsolve.flow import Flow
@@ -92,7 +93,8 @@ class Captured:
 def capture(pipe: Any, *args: Any, **kwargs: Any) -> Captured:
     """The network of a pipeline with the conditioning of a call, as a flow.
 
-    Costs one evaluation of the network. The pipeline itself is not changed.
+    Costs one evaluation of the network. The pipeline itself is not changed. A pipeline that is known to be distilled
+    (turbo, schnell, LCM) is a UserWarning: its network has no ODE.
 
     Args:
         pipe: a diffusers pipeline, with its own scheduler or a `Scheduler`.
@@ -103,6 +105,7 @@ def capture(pipe: Any, *args: Any, **kwargs: Any) -> Captured:
         ValueError: a scheduler that is not supported.
         RuntimeError: a pipeline whose loop cannot be led; see the module's docstring.
     """
+    warn_if_distilled(pipe)
     loop, later = _Waiting(), _copied(kwargs)  # copied before the call draws from its generators
     led, net = _led(pipe, loop), _Turn(loop)
     sample, when = loop.begin(led, args, kwargs)
@@ -154,6 +157,11 @@ class _Loop:
         """The next sample, from the output of the last."""
         raise NotImplementedError
 
+    def factor(self, k: float) -> float:
+        """By what the pipeline is shown a state larger at a network's time."""
+        reading = self.plan.reading
+        return float(reading.shown(reading.path.at(float(reading.native(k)))))
+
 
 class _Ending(_Loop):
     """A loop that ends at its first step, with given latents."""
@@ -163,7 +171,8 @@ class _Ending(_Loop):
 
     def exchange(self, output: Tensor, sample: Tensor) -> Tensor:
         self.done = True
-        return self.x.to(sample.device, sample.dtype)
+        shown: float = self.plan.shown(None)
+        return (self.x * shown).to(sample.device, sample.dtype)
 
 
 class _Stop(BaseException):
@@ -218,14 +227,16 @@ class _Waiting(_Loop):
 
     def exchange(self, output: Tensor, sample: Tensor) -> Tensor:
         self.counting = False
-        self.answers.put((output, sample))
+        assert self.shown is not None
+        shown = self.factor(float(self.shown))
+        self.answers.put((output, sample if shown == 1.0 else sample.to(state_dtype(sample)) / shown))
         request = self.requests.get()
         if request is None:
             raise _Stop
         x, t, grad = request
         torch.set_grad_enabled(grad)  # of this thread, until the pipeline's own no_grad ends
         self.time = torch.tensor(t, dtype=torch.float32, device=sample.device)
-        return x.to(sample.dtype)  # type: ignore[no-any-return]
+        return (x * self.factor(t)).to(sample.dtype)  # type: ignore[no-any-return]
 
     def answered(self) -> Any:
         """What the loop hands out next."""
@@ -324,6 +335,15 @@ class _Lead(Scheduler):
     @property
     def timesteps(self) -> Tensor:
         return _Moving.of(super().timesteps, self.loop)
+
+    @property
+    def sigmas(self) -> Tensor:
+        if self.loop.shown is not None:
+            raise RuntimeError(
+                "the pipeline reads scheduler.sigmas in its loop, by the number of the turn, which says nothing of the "
+                "time that it is asked at; its loop cannot be led. Use a Scheduler instead"
+            )
+        return super().sigmas
 
     def step(
         self,

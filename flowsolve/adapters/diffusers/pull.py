@@ -43,7 +43,10 @@ class Run:
     def __init__(
         self, plan: Plan, at: int, sample: Tensor, noise: Noise | None, stepper: Stepper | None = None
     ) -> None:
-        if at not in plan.begins:
+        begin = at
+        if at not in plan.begins and at + 1 in plan.begins and plan.times[at] == plan.times[at + 1]:
+            begin = at + 1  # a step that was to be taken twice, by two entries at one time: the first does nothing
+        elif at not in plan.begins:
             step = max(i for i, b in enumerate(plan.begins) if b <= at)
             raise ValueError(
                 f"the solve would begin at entry {at} of timesteps, a stage within step {step}; expected the first "
@@ -52,8 +55,9 @@ class Run:
         self.plan, self.stepper = plan, stepper or plan.stepper
         self._query: Query
         self.at: int | None = at
-        self._step = plan.begins.index(at)
-        self._state = State(_kept(sample), noise)
+        self._step = plan.begins.index(begin)
+        self._waits = begin != at
+        self._state = State(self._inside(sample), noise)
         self._given: tuple[Tensor, int | None] | None = None
         self._generator: Step | None = None
         self._enter(self._state.x)
@@ -67,8 +71,12 @@ class Run:
         """
         assert self.at is not None
         query, plan = self._query, self.plan
+        if self._waits:
+            self._waits, self.at = False, self.at + 1
+            found = plan.reading.flow.read(query.x, output.to(query.x.dtype, copy=True), plan.points[self.at])
+            return self._give(query.x, sample.dtype), found.data.to(sample.dtype)
         if self._changed(sample):
-            x = _kept(sample)
+            x = self._inside(sample)
             if self.at in plan.begins:
                 self._state = replace(self._state, origin=None)
                 self._enter(x)
@@ -113,8 +121,15 @@ class Run:
             self._generator = self.stepper(self._state, *interval)
             self._query = next(self._generator)
 
+    def _inside(self, sample: Tensor) -> Tensor:
+        """A pipeline's sample as a state."""
+        x, shown = _kept(sample), self.plan.shown(self.at)
+        return x if shown == 1.0 else x.div_(shown)
+
     def _give(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """x in the pipeline's dtype, a tensor of its own."""
+        """x as the pipeline is shown it and in its dtype, a tensor of its own."""
+        if (shown := self.plan.shown(self.at)) != 1.0:
+            x = x * shown
         given = x.to(dtype, copy=True)
         self._given = given, None if given.is_inference() else given._version
         self._copy = x

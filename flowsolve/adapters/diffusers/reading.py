@@ -5,6 +5,11 @@ input that the scheduler scales and at a time that it names, and hands over the 
 convention with the two things that a pipeline asks of a scheduler: the network's own time, both ways, and the scale of
 its input. They differ from the flow's where there is preconditioning (`flowsolve.adapters.networks`), which a loaded
 network has inside and a pipeline's has not: there the time is $c_{noise}(\sigma)$ and the input $c_{in}\,x$.
+
+A pipeline also holds the sample between two steps. Euler's kin hold $x/\alpha = z + \sigma\varepsilon$ with their σ the
+ratio σ/α of the table, and scale the network's input by $1/\sqrt{\sigma^2+1} = \alpha$. Pipelines and loops rely on it
+($z = x - \sigma\varepsilon$, the latent upscaler's own preconditioning), so what was read from a configuration of that
+kin is shown in its units, whatever the solver. With zero terminal SNR α is $2^{-12}$ in the place of 0, as there.
 """
 
 from __future__ import annotations
@@ -18,12 +23,14 @@ from torch import Tensor
 from flowsolve.adapters.diffusers.convention import EULERS, Convention, Line, completed, convention
 from flowsolve.flow import Flow
 from flowsolve.guidance import Clip, Threshold
-from flowsolve.paths import CondOT, Path, Point
+from flowsolve.paths import CondOT, Discrete, Path, Point
 
 __all__ = ["OURS", "Reading", "read", "start_std"]
 
 OURS = "flowsolve"
 """The entry of a configuration that holds what is this package's own (`flowsolve.adapters.diffusers.settings`)."""
+LEAST = 2.0**-12
+"""What stands for α = 0 in the units of Euler's kin."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,11 @@ class Reading:
         """Whether the path ends in clean data. Where it does not, ẑ at its end is taken for them."""
         return bool(self.path.at(1.0).sigma < 1e-9)
 
+    @property
+    def stretched(self) -> bool:
+        """Whether samples are shown as x/α."""
+        return self.name in EULERS and isinstance(self.path, Discrete)
+
     def native(self, k: Any) -> Any:
         """The flow time of a network's time."""
         clock, asked = self.said.time, self.said.precondition
@@ -70,9 +82,16 @@ class Reading:
         return self.path.time_from_native(k if asked is None else asked.sigma(k))
 
     def scale(self, point: Point) -> float:
-        """The factor of the network's input at a point of the path."""
+        """The factor of the network's input at a point of the path, from the sample as it is shown."""
         asked = self.said.precondition
-        return 1.0 if asked is None else float(asked.scale(point.sigma))
+        return 1.0 / self.shown(point) if asked is None else float(asked.scale(point.sigma))
+
+    def shown(self, point: Point) -> Any:
+        """The factor of a state at a point of the path, as a pipeline is shown it: 1/α for Euler's kin, otherwise 1."""
+        if not self.stretched:
+            return 1.0
+        alpha = point.alpha
+        return 1.0 / (alpha.clamp_min(LEAST) if isinstance(alpha, Tensor) else max(alpha, LEAST))
 
 
 def read(config: Any) -> Reading:
@@ -104,7 +123,7 @@ def _limit(config: Mapping[str, Any]) -> Callable[[Tensor], Tensor] | None:
 
 
 def start_std(reading: Reading, t: float) -> float:
-    """The standard deviation of the state that a pipeline starts from at flow time t, as the scheduler read has it.
+    """The standard deviation of the path's state that a pipeline starts from at time t, as the scheduler read has it.
 
     1 for most. Euler's kin and ScoreSdeVe start from σ ε, unless their time steps are leading; EDM's from
     √(σ_max² + 1) ε.

@@ -13,6 +13,7 @@ training is kept (`reading`), and so, unless `grid` says otherwise, are the nois
 * **Shift** is applied once: to the configuration's own grid, to named grids, and to explicit `sigmas`, which pipelines
   give before the shift. Explicit `timesteps` are taken as they are. Flow pipelines that pass N even `sigmas` from 1 to
   1/N mean "N steps"; where a grid or "auto" was asked for, it has precedence over these.
+* **Samples** are shown in the units of the scheduler that the configuration is of: those of Euler's kin are z + σ ε.
 * **Noise** is flowsolve's own, a function of a seed, the sample and the interval (`flowsolve.noise`). Seeds are drawn
   from the generator that a pipeline hands to `step`, one for each of a list of generators. A pipeline that hands none
   (SD3, Flux) gets `seed` if one is set, and otherwise noise named by the starting latents themselves: the same latents,
@@ -42,16 +43,18 @@ from flowsolve.adapters.diffusers.convention import completed
 from flowsolve.adapters.diffusers.layout import Plan, lay
 from flowsolve.adapters.diffusers.peers import as_configured, unstated
 from flowsolve.adapters.diffusers.pull import Run
-from flowsolve.adapters.diffusers.reading import OURS, Reading, read, start_std
+from flowsolve.adapters.diffusers.reading import LEAST, OURS, Reading, read, start_std
+from flowsolve.adapters.diffusers.refusals import advised, warn_if_distilled
 from flowsolve.adapters.diffusers.seeds import seeds
 from flowsolve.adapters.diffusers.settings import INSTALL, OPTIONS, merged, named, require_saveable, write_note
 from flowsolve.adapters.diffusers.tables import table_size
 from flowsolve.noise import Noise
+from flowsolve.predictions import SingularEstimate
 from flowsolve.solvers import DDIM
 
 require("diffusers", "diffusers", "a scheduler for its pipelines")
 # Loading a pipeline looks for these two in the module that a component's class is from.
-from diffusers import ConfigMixin, SchedulerMixin  # noqa: E402
+from diffusers import ConfigMixin, DiffusionPipeline, SchedulerMixin  # noqa: E402
 from diffusers.utils import BaseOutput  # noqa: E402
 
 __all__ = ["ConfigMixin", "Scheduler", "SchedulerMixin", "StepOutput"]
@@ -92,7 +95,8 @@ class Scheduler(SchedulerMixin, ConfigMixin):
     """A solver of flowsolve as a scheduler of diffusers.
 
     Args:
-        config: the pipeline's scheduler or its configuration, `pipe.scheduler.config`, or those of another `Scheduler`.
+        config: the pipeline's scheduler or its configuration, `pipe.scheduler.config`, or those of another `Scheduler`;
+            or the pipeline itself, and a UserWarning says if it is known to be distilled.
         solver: a solver of `flowsolve.solvers` on a fixed grid, its name in lower case ("unipc", "dpmsolver++", "heun",
             …), or "auto". By name, multistep solvers have the configuration's order (`solver_order`, by default 2) and
             `lower_order_final`.
@@ -130,6 +134,9 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         seed: int | None = None,
         **changes: Any,
     ) -> None:
+        if isinstance(config, DiffusionPipeline):
+            warn_if_distilled(config)
+            config = config.scheduler
         live = config._options if isinstance(config, Scheduler) else {}
         if not isinstance(config, Mapping | SchedulerMixin):
             raise TypeError(f"config is a {type(config).__name__}; expected that of a scheduler, pipe.scheduler.config")
@@ -154,7 +161,8 @@ class Scheduler(SchedulerMixin, ConfigMixin):
                 f"{method!r} chooses its own steps and needs the loop; use flowsolve.adapters.diffusers.capture(pipe, "
                 "…), or a solver on a fixed grid (adaptive=False, if it has that)"
             )
-        kept = {k: v for k, v in {**known, **changes}.items() if not k.startswith("_") and k != OURS}
+        told = config if isinstance(config, Mapping) else config.config  # with what is only carried along
+        kept = {k: v for k, v in {**told, **known, **changes}.items() if not k.startswith("_") and k != OURS}
         left = [k for k in unstated(config, name) if k not in changes]
         asked = [*dict.fromkeys([*(known.get(OURS) or {}).get("asked", ()), *changes])]
         self.register_to_config(**kept, **{OURS: {"scheduler": name, "unstated": left, "asked": asked, **ours}})
@@ -224,7 +232,10 @@ class Scheduler(SchedulerMixin, ConfigMixin):
     def init_noise_sigma(self) -> float:
         """The standard deviation of the state that a pipeline starts from."""
         table = self._own.table or self._shared
-        return start_std(self.reading, 0.0) if table is None else table.plan.start
+        reading = self.reading
+        if table is None:
+            return float(start_std(reading, 0.0) * reading.shown(reading.path.at(0.0)))
+        return float(table.plan.start * reading.shown(table.plan.points[0]))
 
     @property
     def timesteps(self) -> Tensor:
@@ -298,11 +309,14 @@ class Scheduler(SchedulerMixin, ConfigMixin):
                 f"num_inference_steps = {num_inference_steps} beside {len(listed)} values; give one of them"
             )
         o = self._options
-        plan = lay(
-            self.reading, o["solver"], o["grid"], o["chart"], o["final"], mu=mu, by_name=self._by_name, like=self._like,
-            steps=None if given else num_inference_steps,
-            timesteps=listed if timesteps is not None else None, sigmas=listed if sigmas is not None else None,
-        )  # fmt: skip
+        try:
+            plan = lay(
+                self.reading, o["solver"], o["grid"], o["chart"], o["final"], mu=mu, by_name=self._by_name,
+                like=self._like, steps=None if given else num_inference_steps,
+                timesteps=listed if timesteps is not None else None, sigmas=listed if sigmas is not None else None,
+            )  # fmt: skip
+        except SingularEstimate as error:
+            raise SingularEstimate(advised(error, self.reading)) from error
         flow = self.reading.flow
         host = tuple(float(flow.clock(t)) for t in plan.times)
         end = plan.closing.t if plan.closing is not None else plan.end
@@ -320,11 +334,12 @@ class Scheduler(SchedulerMixin, ConfigMixin):
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """The network's input at a sample."""
-        if self.reading.said.precondition is None:
+        reading = self.reading
+        if reading.said.precondition is None and not reading.stretched:
             return sample
         place = self._place(timestep)
-        point = self._table.plan.points[place] if place is not None else self.reading.path.at(self._time(timestep))
-        return sample * self.reading.scale(point)
+        point = self._table.plan.points[place] if place is not None else reading.path.at(self._time(timestep))
+        return sample * reading.scale(point)
 
     def step(
         self,
@@ -368,12 +383,13 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         return StepOutput(ahead, data) if return_dict else (ahead, data)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Any) -> Tensor:
-        """α z + σ ε at times of the network, one or one a sample; in the samples' dtype."""
+        """α z + σ ε at times of the network, one or one a sample, as a sample is shown; in the samples' dtype."""
         times = torch.as_tensor(timesteps).detach().cpu().double().reshape(-1)
         t = torch.as_tensor(self.reading.native(times)).clamp(0.0, 1.0)
         point = self.reading.path.at(t.expand(len(original_samples)) if t.numel() == 1 else t)
         wide = torch.promote_types(original_samples.dtype, torch.float32)
-        mixed = linear(point.alpha, original_samples.to(wide), point.sigma, noise.to(original_samples.device, wide))
+        shown, device = self.reading.shown(point), original_samples.device
+        mixed = linear(point.alpha * shown, original_samples.to(wide), point.sigma * shown, noise.to(device, wide))
         return mixed.to(original_samples.dtype)
 
     def scale_noise(self, sample: Tensor, timestep: Any, noise: Tensor | None = None) -> Tensor:
@@ -398,7 +414,9 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         point = self.reading.path.at(t)
         if self.reading.straight:
             return float(point.sigma)
-        return float(point.sigma / point.alpha) if point.alpha else float("inf")
+        if not point.alpha:
+            return float(point.sigma / LEAST if self.reading.stretched else "inf")
+        return float(point.sigma / point.alpha)
 
     def _time(self, timestep: Any) -> float:
         """The flow time of a time of the network."""
