@@ -8,10 +8,10 @@ Box and Muller's transform,
 $$ \sqrt{-2\ln u_1}\,(\cos 2\pi u_2,\ \sin 2\pi u_2), \qquad u = (w + \tfrac12)\,2^{-32}. $$
 
 Streams keep the uses of one sample apart: its start, its steps, its trace probes, its dequantisation, its Brownian
-path (`flowsolve.brownian`), its variational bound. The interval of a step is addressed by the time at which it starts,
-so a solve in pieces draws what the whole draws. Words are exact integers, and the transform is written in correctly
-rounded operations only, in the dtype asked for (float32 for half precisions): a normal has the same bits on every
-device, whether a fused kernel computed it or plain torch (`flowsolve.kernels.philox`).
+path (`flowsolve.brownian`), its variational bound, the motion of an SDE (`flowsolve.sde`). The interval of a step is
+addressed by the time at which it starts, so a solve in pieces draws what the whole draws. Words are exact integers, and
+the transform is written in correctly rounded operations only, in the dtype asked for (float32 for half precisions): a
+normal has the same bits on every device, by a fused kernel or by plain torch (`flowsolve.kernels.philox`).
 
 A seed names the noise of a whole batch, in which samples are told apart by their numbers. Or each sample has a seed of
 its own: then a sample is its seed, with number 0 unless another is given.
@@ -34,7 +34,7 @@ from flowsolve.kernels.philox import MASK, gaussian, philox, words
 
 __all__ = ["BOUND", "BROWNIAN", "DEQUANTIZE", "PROBE", "START", "STEP", "Noise", "Seed", "interval", "philox"]
 
-START, STEP, PROBE, DEQUANTIZE, BROWNIAN, BOUND = range(6)
+START, STEP, PROBE, DEQUANTIZE, BROWNIAN, BOUND, MOTION, AREA, WITHIN, TREE = range(10)
 AT_ONCE = 1 << 20  # words that the twin computes of several intervals at a time
 
 Seed = int | Sequence[int] | Tensor
@@ -117,6 +117,12 @@ class Noise:
         count = math.prod(like.shape[1:])
         x = gaussian(self.words(stream, interval, count, like.device), _work(like))
         return x[:, :count].reshape(like.shape).to(like.dtype)
+
+    def several(self, stream: int, intervals: Sequence[int], like: Tensor) -> Tensor:
+        """Standard normals of several intervals, (T, B, *S), in the dtype and on the device of `like`, (B, *S)."""
+        count = math.prod(like.shape[1:])
+        x = gaussian(self._words(stream, intervals, count, like.device), _work(like))
+        return x[..., :count].reshape(len(intervals), *like.shape).to(like.dtype)
 
     def combination(
         self, stream: int, intervals: NDArray[np.int64], weights: NDArray[np.float64], like: Tensor

@@ -1,0 +1,274 @@
+r"""`solve_sde`: any SDE $dy = f(t, y)\,dt + g(t, y)\,dW$ on a grid of times.
+
+Steps are those of the grid, whatever `t_eval` asks for. A state between two nodes is a shorter step of the same scheme
+from the node before it, driven by the same Brownian motion: it converges as the states at the nodes do, where a
+straight line between those would lack the motion itself.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from flowsolve import grids
+from flowsolve._arguments import state
+from flowsolve._surroundings import mapped, moving, recorded
+from flowsolve.drivers import bar, checks, settle
+from flowsolve.kernels import largest
+from flowsolve.noise import Noise, Seed
+from flowsolve.ode import check_resolution
+from flowsolve.sde.motion import BrownianPath, Fresh, Motion
+from flowsolve.sde.problem import NOISE_TYPES, SDE_TYPES, Problem
+from flowsolve.sde.schemes import SCHEMES, SRK, Carry, EulerMaruyama, Scheme, StochasticHeun
+from flowsolve.solution import Solution
+
+__all__ = ["march", "solve_sde"]
+
+MODES = ("direct", "checkpoint")
+
+
+def solve_sde(
+    f: Callable[..., Tensor],
+    g: Callable[..., Any],
+    y0: Tensor,
+    t0: float,
+    t1: float,
+    *,
+    steps: int | Sequence[float] | Tensor,
+    solver: Scheme | str | None = None,
+    noise_type: str = "diagonal",
+    sde_type: str = "ito",
+    t_eval: Sequence[float] | Tensor | None = None,
+    seed: Seed = 0,
+    samples: Sequence[int] | Tensor | None = None,
+    noise: str | BrownianPath = "fresh",
+    args: Sequence[Any] = (),
+    gradient: str = "direct",
+    progress: bool = False,
+    throw: bool = True,
+) -> Solution:
+    r"""Solve an SDE dy = f(t, y) dt + g(t, y) dW from t0 to a later t1.
+
+    Args:
+        f: the drift, (t, y, \*args) → (B, \*S), with t 0-dimensional.
+        g: the diffusion, (t, y, \*args) → what its `noise_type` says.
+        y0: the initial state, (B, \*S).
+        t0, t1: the interval, t0 < t1. (A reverse-time SDE runs in the time τ = −t.)
+        steps: how many equal steps, or all times of the grid from t0 to t1.
+        solver: one of `flowsolve.sde`'s, or its name: "euler", "milstein", "heun", "srk", … By default `SRK` (strong
+            order 1.5), for general noise `EulerMaruyama` (½), and for Stratonovich's equation `StochasticHeun` (1; ½).
+        noise_type: "diagonal" (g of y's shape, entry i depending on y_i alone), "scalar" (g of y's shape, one Brownian
+            motion a sample), "additive" (as diagonal, or (B, \*S, m), independent of y; or a number), "general"
+            (B, \*S, m).
+        sde_type: "ito" or "stratonovich".
+        t_eval: times at which to return the state, strictly rising from t0 to t1; the solve goes on to t1. They do not
+            disturb the steps, and between nodes each costs the evaluations of a step.
+        seed: an int, or one for each sample.
+        samples: the samples' numbers, 0 … B−1 by default: sample 7 is the same in any batch.
+        noise: "fresh" (independent increments of each step), "brownian" (one path over [t0, t1] for each sample,
+            whatever the steps: for measuring strong errors), or a `flowsolve.sde.BrownianPath`.
+        args: further arguments of f and g.
+        gradient: "direct"; "checkpoint", the same gradient with memory of O(√steps).
+        progress: show a progress bar (needs tqdm).
+        throw: raise if any sample fails.
+
+    Returns:
+        A `Solution`, with x of shape (B, \*S), or (T, B, \*S) with t_eval. Its nfe counts evaluations of f. Gradients
+        flow if autograd records them.
+
+    Raises:
+        SolverError: a sample met a value that is not finite, and throw is True.
+        ValueError, TypeError: bad times, steps, solver, or shapes.
+
+    Examples:
+        >>> y0 = torch.ones(4, 2, dtype=torch.float64)
+        >>> f, g = lambda t, y: 0.5 * y, lambda t, y: 0.3 * y  # geometric Brownian motion
+        >>> path = fs.sde.BrownianPath.of(0.0, 1.0, seed=0, samples=4)
+        >>> sol = fs.solve_sde(f, g, y0, 0.0, 1.0, steps=64, noise=path)
+        >>> truth = torch.exp((0.5 - 0.3**2 / 2) * 1.0 + 0.3 * path(0.0, 1.0, y0))
+        >>> torch.allclose(sol.x, truth, rtol=1e-3)
+        True
+    """
+    if noise_type not in NOISE_TYPES:
+        raise ValueError(f"noise_type = {noise_type!r}; expected one of {', '.join(NOISE_TYPES)}")
+    if sde_type not in SDE_TYPES:
+        raise ValueError(f"sde_type = {sde_type!r}; expected one of {', '.join(SDE_TYPES)}")
+    if gradient not in MODES:
+        raise ValueError(f"gradient = {gradient!r} is not known; expected one of {', '.join(MODES)}")
+    if gradient == "checkpoint" and recorded():
+        raise NotImplementedError(
+            "gradient='checkpoint' is within a reverse-mode transform of torch.func, which takes no checkpoints; use "
+            "gradient='direct', or autograd itself"
+        )
+    scheme = chosen(solver, noise_type, sde_type)
+    start, end = _number(t0, "t0"), _number(t1, "t1")
+    if end < start:
+        raise ValueError(f"t0 = {start:g}, t1 = {end:g}; expected t0 <= t1: write a reverse-time SDE in the time -t")
+    y = state(y0)
+    check_resolution(start, end, y.dtype)
+    nodes = _nodes(steps, start, end)
+    looks = None if t_eval is None else _looks(t_eval, start, end)
+    motion = _motion(noise, start, end, seed, samples, len(y))
+    if looks is not None and not looks:
+        raise ValueError("t_eval is empty; expected times from t0 to t1, or None")
+    times = {t: None for a, b in pairwise(nodes) for t in (a + c * (b - a) for c in scheme.nodes(noise_type))}
+    times.update(dict.fromkeys(nodes))
+    clock = dict(zip(times, torch.tensor(list(times), dtype=y.dtype, device=y.device).unbind(0), strict=True))
+    problem = Problem(f, g, y, noise_type, sde_type, args, clock)
+    if len(y) == 0 or start == end:
+        zero = torch.zeros(len(y), dtype=torch.int64)
+        there = torch.full((len(y),), start, dtype=torch.float64)
+        states, solution = [y] * len(looks or ()), Solution(y, zero, zero, zero, zero, there)
+    else:
+        states, solution = march(
+            problem, scheme, y, nodes, motion, looks or (), segments=gradient == "checkpoint", progress=progress
+        )
+    if looks is not None:
+        solution = replace(solution, x=torch.stack(states), t_eval=torch.tensor(looks, dtype=torch.float64))
+    return solution.raise_on_failure() if throw else solution
+
+
+def march(
+    p: Problem,
+    scheme: Scheme,
+    y: Tensor,
+    nodes: Sequence[float],
+    motion: Motion,
+    looks: Sequence[float] = (),
+    *,
+    segments: bool = False,
+    progress: bool = False,
+) -> tuple[list[Tensor], Solution]:
+    """The states at some times, and the solution at the last node.
+
+    Args:
+        p: the SDE.
+        scheme: the scheme.
+        y: the state at the first node, (B, *S).
+        nodes: rising times, two at least.
+        motion: what drives it.
+        looks: rising times to look at.
+        segments: throw away and remake the graph of √n steps at a time.
+        progress: show a progress bar.
+    """
+    like, area = p.begin(nodes[0], y, scheme.kind), scheme.area(p.noise_type)
+    steps, checked = len(nodes) - 1, checks(len(nodes) - 1)
+    watch: dict[int, list[float]] = {}
+    for look in looks:
+        watch.setdefault(max(0, bisect_left(nodes, look) - 1), []).append(look)
+    magnitudes: list[Tensor] = []
+
+    def through(first: int, last: int, *carry: Tensor) -> tuple[Tensor, ...]:
+        """From what is carried at one node to what is at another, with what was looked at on the way."""
+        seen: list[Tensor] = []
+        drives = motion.drives(nodes[first : last + 1], like, area)
+        for i, drive in zip(range(first, last), drives, strict=True):
+            t, t_next = nodes[i], nodes[i + 1]
+            ahead = scheme.step(p, carry, t, t_next, drive)
+            for look in watch.get(i, ()):
+                if look in (t, t_next):
+                    seen.append(carry[0] if look == t else ahead[0])
+                else:
+                    part = motion.part(t, t_next, look, like, area)
+                    seen.append(scheme.step(p, carry, t, look, part)[0])
+            carry = ahead
+            if p.counting:
+                if i in checked:
+                    magnitudes.append(largest(carry[0].detach()))
+                tick(1)
+        return (*carry, *seen)
+
+    length = max(1, math.isqrt(steps)) if segments else steps
+    states: list[Tensor] = []
+    with bar(progress, steps, "step") as tick:
+        carry: Carry = scheme.begin(p, nodes[0], y)
+        width = len(carry)
+        for first in range(0, steps, length):
+            piece = partial(through, first, min(steps, first + length))
+            out = checkpoint(piece, *carry, use_reentrant=False) if segments else piece(*carry)
+            carry, seen = out[:width], out[width:]
+            states += seen
+        p.counting = False  # from here on only gradients may call
+    ends = [nodes[i + 1] for i in sorted(checked)]
+    return states, settle(carry[0], torch.stack(magnitudes), ends, nodes[0], p.calls, steps)
+
+
+def chosen(solver: Scheme | str | None, noise_type: str, sde_type: str) -> Scheme:
+    """The scheme that is asked for, or the default one.
+
+    Raises:
+        TypeError, ValueError: it is no scheme, or none for this noise.
+    """
+    if solver is None:
+        if sde_type == "stratonovich" and noise_type != "additive":
+            return StochasticHeun()
+        return EulerMaruyama() if noise_type == "general" else SRK()
+    if isinstance(solver, type):
+        raise TypeError(f"solver is the class {solver.__name__}; pass an instance, {solver.__name__}()")
+    found = SCHEMES.get(solver.lower()) if isinstance(solver, str) else solver
+    if found is None:
+        raise ValueError(f"solver = {solver!r} is not known; expected one of {', '.join(SCHEMES)}")
+    if not isinstance(found, Scheme):
+        raise TypeError(f"solver is {found!r}; expected one of flowsolve.sde, such as flowsolve.sde.SRK()")
+    if noise_type not in found.noises:
+        raise ValueError(
+            f"{found!r} has noise_type {', '.join(found.noises)}, not {noise_type!r}; use EulerMaruyama() or, for "
+            "Stratonovich's equation, StochasticHeun()"
+        )
+    return found
+
+
+def _nodes(steps: Any, start: float, end: float) -> list[float]:
+    """The times of the grid."""
+    if isinstance(steps, int) and not isinstance(steps, bool):
+        if steps < 1:
+            raise ValueError(f"steps = {steps}; expected at least 1")
+        return grids.fractions(start, end, steps)
+    try:
+        nodes = [float(t) for t in steps]
+    except (TypeError, ValueError):
+        raise TypeError(f"steps = {steps!r}; expected a number of steps, or the times of a grid") from None
+    if len(nodes) < 2 or any(not a < b for a, b in pairwise(nodes)) or (nodes[0], nodes[-1]) != (start, end):
+        raise ValueError(f"steps = {nodes}; expected rising times from t0 = {start:g} to t1 = {end:g}")
+    return nodes
+
+
+def _looks(t_eval: Sequence[float] | Tensor, start: float, end: float) -> list[float]:
+    looks = [_number(t, f"t_eval[{i}]") for i, t in enumerate(t_eval)]
+    if any(not a < b for a, b in pairwise(looks)) or (looks and not start <= looks[0] <= looks[-1] <= end):
+        raise ValueError(f"t_eval = {looks}; expected strictly rising times from t0 = {start:g} to t1 = {end:g}")
+    return looks
+
+
+def _motion(
+    noise: str | Motion, start: float, end: float, seed: Seed, samples: Sequence[int] | Tensor | None, count: int
+) -> Motion:
+    if isinstance(noise, Motion):
+        if isinstance(noise, BrownianPath) and not noise.t0 <= start <= end <= noise.t1:
+            raise ValueError(
+                f"the path given as noise= is one over [{noise.t0:g}, {noise.t1:g}]; the solve is from {start:g} to "
+                f"{end:g}"
+            )
+        return noise
+    if noise not in ("fresh", "brownian"):
+        raise ValueError(f"noise = {noise!r}; expected 'fresh', 'brownian', or a flowsolve.sde.BrownianPath")
+    named = Noise.for_batch(seed, count, samples)
+    return Fresh(named) if noise == "fresh" or start == end else BrownianPath(start, end, named)
+
+
+def _number(t: Any, name: str) -> float:
+    if isinstance(t, Tensor) and (mapped(t) or moving(t)):
+        raise ValueError(f"{name} is mapped or requires a gradient, which times of an SDE have not; give a number")
+    found = float(t)
+    if not math.isfinite(found):
+        raise ValueError(f"{name} = {found}; expected a finite time")
+    return found
