@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -28,12 +29,13 @@ from flowsolve.noise import Noise, Seed
 from flowsolve.ode import check_resolution
 from flowsolve.sde.motion import BrownianPath, Fresh, Motion
 from flowsolve.sde.problem import NOISE_TYPES, SDE_TYPES, Problem
-from flowsolve.sde.schemes import SCHEMES, SRK, Carry, EulerMaruyama, Scheme, StochasticHeun
+from flowsolve.sde.reversible import WayBack
+from flowsolve.sde.schemes import SCHEMES, SRK, Carry, EulerMaruyama, ReversibleHeun, Scheme, StochasticHeun
 from flowsolve.solution import Solution
 
 __all__ = ["march", "solve_sde"]
 
-MODES = ("direct", "checkpoint")
+MODES = ("direct", "checkpoint", "adjoint")
 
 
 def solve_sde(
@@ -53,6 +55,7 @@ def solve_sde(
     noise: str | BrownianPath = "fresh",
     args: Sequence[Any] = (),
     gradient: str = "direct",
+    params: Iterable[Tensor] | None = None,
     progress: bool = False,
     throw: bool = True,
 ) -> Solution:
@@ -77,7 +80,9 @@ def solve_sde(
         noise: "fresh" (independent increments of each step), "brownian" (one path over [t0, t1] for each sample,
             whatever the steps: for measuring strong errors), or a `flowsolve.sde.BrownianPath`.
         args: further arguments of f and g.
-        gradient: "direct"; "checkpoint", the same gradient with memory of O(√steps).
+        gradient: "direct"; "checkpoint", the same gradient with memory of O(√steps); with `ReversibleHeun` also
+            "adjoint", the same with memory of O(1) (`flowsolve.sde.reversible`).
+        params: for "adjoint": tensors that f and g depend on and that no search of them would find.
         progress: show a progress bar (needs tqdm).
         throw: raise if any sample fails.
 
@@ -110,6 +115,11 @@ def solve_sde(
             "gradient='direct', or autograd itself"
         )
     scheme = chosen(solver, noise_type, sde_type)
+    if gradient == "adjoint" and not isinstance(scheme, ReversibleHeun):
+        raise TypeError(
+            f"gradient='adjoint' undoes the steps, which {scheme!r} cannot; use ReversibleHeun() or "
+            "gradient='checkpoint'"
+        )
     start, end = _number(t0, "t0"), _number(t1, "t1")
     if end < start:
         raise ValueError(f"t0 = {start:g}, t1 = {end:g}; expected t0 <= t1: write a reverse-time SDE in the time -t")
@@ -129,9 +139,9 @@ def solve_sde(
         there = torch.full((len(y),), start, dtype=torch.float64)
         states, solution = [y] * len(looks or ()), Solution(y, zero, zero, zero, zero, there)
     else:
-        states, solution = march(
-            problem, scheme, y, nodes, motion, looks or (), segments=gradient == "checkpoint", progress=progress
-        )
+        mode = gradient if torch.is_grad_enabled() else "direct"
+        functions = [f, g, *problem.args, *(params or ())]
+        states, solution = march(problem, scheme, y, nodes, motion, looks or (), mode, functions, progress)
     if looks is not None:
         solution = replace(solution, x=torch.stack(states), t_eval=torch.tensor(looks, dtype=torch.float64))
     return solution.raise_on_failure() if throw else solution
@@ -144,8 +154,8 @@ def march(
     nodes: Sequence[float],
     motion: Motion,
     looks: Sequence[float] = (),
-    *,
-    segments: bool = False,
+    mode: str = "direct",
+    functions: Sequence[Any] = (),
     progress: bool = False,
 ) -> tuple[list[Tensor], Solution]:
     """The states at some times, and the solution at the last node.
@@ -157,7 +167,8 @@ def march(
         nodes: rising times, two at least.
         motion: what drives it.
         looks: rising times to look at.
-        segments: throw away and remake the graph of √n steps at a time.
+        mode: how gradients are recorded, if autograd does; see `solve_sde`.
+        functions: where to look for parameters ("adjoint").
         progress: show a progress bar.
     """
     like, area = p.begin(nodes[0], y, scheme.kind), scheme.area(p.noise_type)
@@ -187,9 +198,11 @@ def march(
                 tick(1)
         return (*carry, *seen)
 
+    segments = mode == "checkpoint"
     length = max(1, math.isqrt(steps)) if segments else steps
     states: list[Tensor] = []
-    with bar(progress, steps, "step") as tick:
+    recording = torch.no_grad() if mode == "adjoint" else nullcontext()
+    with recording, bar(progress, steps, "step") as tick:
         carry: Carry = scheme.begin(p, nodes[0], y)
         width = len(carry)
         for first in range(0, steps, length):
@@ -198,6 +211,10 @@ def march(
             carry, seen = out[:width], out[width:]
             states += seen
         p.counting = False  # from here on only gradients may call
+    if mode == "adjoint":
+        way = WayBack.of(p, nodes, motion, like, watch, carry, functions)
+        *states, last = way.attach(y, torch.stack([*states, carry[0]])).unbind(0)
+        carry = (last,)
     ends = [nodes[i + 1] for i in sorted(checked)]
     return states, settle(carry[0], torch.stack(magnitudes), ends, nodes[0], p.calls, steps)
 

@@ -123,8 +123,8 @@ def test_checkpoints_give_the_same_gradient(scheme: Scheme) -> None:
     for mode in ("direct", "checkpoint"):
         theta, y0 = torch.tensor(0.3, dtype=torch.float64, requires_grad=True), Y0.clone().requires_grad_()
         sol = fs.solve_sde(
-            lambda t, y: theta * y.sin(), lambda t, y: theta * y.cos(), y0, 0.0, 1.0, steps=10, solver=scheme,
-            gradient=mode, t_eval=[0.33, 0.5, 1.0],
+            lambda t, y, a: a * y.sin(), lambda t, y, a: a * y.cos(), y0, 0.0, 1.0, steps=10, solver=scheme,
+            gradient=mode, t_eval=[0.33, 0.5, 1.0], args=(theta,),
         )  # fmt: skip
         assert int(sol.nfe[0]) == {"StochasticHeun": 20 + 2, "SRK": 20 + 2, "ReversibleHeun": 11 + 1}.get(
             type(scheme).__name__, 10 + 1
@@ -133,6 +133,65 @@ def test_checkpoints_give_the_same_gradient(scheme: Scheme) -> None:
         found.append((theta.grad, y0.grad))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("noise_type", ["diagonal", "scalar", "additive", "general"])
+@pytest.mark.parametrize("kind", ["stratonovich", "ito"])
+def test_the_adjoint_is_the_gradient_of_the_steps(noise_type: str, kind: str) -> None:
+    """States found again to rounding: gradients of the start, parameters and arguments, with looks on the way."""
+    net = torch.nn.Linear(3, 3, dtype=torch.float64)
+    found = []
+    for mode in ("direct", "adjoint"):
+        net.zero_grad()
+        theta, y0 = torch.tensor(0.3, dtype=torch.float64, requires_grad=True), Y0.clone().requires_grad_()
+
+        def diffusion(t: Tensor, y: Tensor, theta: Tensor) -> Any:
+            if noise_type == "additive":
+                return theta * (1 + t)
+            found = theta * y.sin()
+            return torch.stack((found, 0.3 * y), -1) if noise_type == "general" else found
+
+        sol = fs.solve_sde(
+            lambda t, y, theta: net(y).tanh() * (1 + theta), diffusion, y0, 0.0, 1.0, steps=23,
+            solver=ReversibleHeun(), noise_type=noise_type, sde_type=kind, gradient=mode, args=(theta,),
+            t_eval=[0.0, 0.111, 11 / 23, 0.7, 0.71, 1.0],
+        )  # fmt: skip
+        (sol.x.square() * torch.arange(1.0, 7.0)[:, None, None]).sum().backward()
+        found.append([theta.grad, y0.grad, net.weight.grad, net.bias.grad])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_the_adjoint_keeps_no_states() -> None:
+    """What autograd saves for the way back, in numbers: that of the ends, whatever the steps."""
+    saved = []
+    for mode in ("direct", "adjoint"):
+        for n in (10, 100):
+            held = 0
+
+            def pack(v: Tensor) -> Tensor:
+                nonlocal held
+                held += v.numel()
+                return v
+
+            theta = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda v: v):
+                fs.solve_sde(
+                    lambda t, y, a: a * y.sin(), lambda t, y, a: a * y.cos(), Y0, 0.0, 1.0, steps=n, args=(theta,),
+                    solver=ReversibleHeun(), sde_type="stratonovich", gradient=mode,
+                )  # fmt: skip
+            saved.append(held)
+    assert saved[1] > 5 * saved[0]
+    assert saved[3] == saved[2] < saved[0]
+
+
+def test_the_adjoint_refuses_what_it_has_not() -> None:
+    y0 = Y0.clone().requires_grad_()
+    with pytest.raises(TypeError, match=r"use ReversibleHeun\(\)"):
+        solve(y0, solver=SRK(), gradient="adjoint")
+    x = solve(y0, solver=ReversibleHeun(), gradient="adjoint").x
+    with pytest.raises(NotImplementedError, match="first derivatives only"):
+        torch.autograd.grad(x.sum(), y0, create_graph=True)
 
 
 def test_gradients_are_those_of_the_solution() -> None:
