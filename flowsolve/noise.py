@@ -118,11 +118,17 @@ class Noise:
         x = gaussian(self.words(stream, interval, count, like.device), _work(like))
         return x[:, :count].reshape(like.shape).to(like.dtype)
 
-    def several(self, stream: int, intervals: Sequence[int], like: Tensor) -> Tensor:
-        """Standard normals of several intervals, (T, B, *S), in the dtype and on the device of `like`, (B, *S)."""
-        count = math.prod(like.shape[1:])
-        x = gaussian(self._words(stream, intervals, count, like.device), _work(like))
-        return x[..., :count].reshape(len(intervals), *like.shape).to(like.dtype)
+    def several(self, stream: int, intervals: Sequence[int], scales: Sequence[float], like: Tensor) -> list[Tensor]:
+        """c_i ξ_i for the normals of several intervals, each of the shape (B, *S), dtype and device of `like`."""
+        table, pairs = self._table(like.device), list(zip(intervals, scales, strict=True))
+        first = kernels.normals(table, stream, *pairs[0], like) if pairs else None
+        if first is not None:
+            rest = [kernels.normals(table, stream, i, c, like) for i, c in pairs[1:]]
+            return [first, *(v for v in rest if v is not None)]
+        count, work = math.prod(like.shape[1:]), _work(like)
+        x = gaussian(self._words(stream, intervals, count, like.device), work)
+        x = x.mul_(torch.tensor(scales, dtype=work).to(like.device, non_blocking=True).view(-1, 1, 1))
+        return list(x[..., :count].reshape(len(pairs), *like.shape).to(like.dtype).unbind(0))
 
     def combination(
         self, stream: int, intervals: NDArray[np.int64], weights: NDArray[np.float64], like: Tensor

@@ -36,8 +36,7 @@ from flowsolve.sde.tree import unit, weights
 
 __all__ = ["BrownianPath", "Drive", "Fresh", "Motion"]
 
-AT_ONCE = 1 << 18  # words drawn of several steps at a time
-LARGE = 1 << 14  # elements from which on each step's are drawn by themselves, by a fused kernel if there is one
+AT_ONCE = 1 << 17  # numbers drawn of several steps at a time
 ROOT12 = math.sqrt(12.0)
 MASK64 = (1 << 64) - 1
 
@@ -76,19 +75,13 @@ class Fresh(Motion):
                     f"steps near t = {t!r} are too short to be told apart, below 2⁻⁴⁴ of t; measure time from t0, or "
                     "take fewer steps"
                 )
-        sizes = np.diff(np.asarray(nodes, dtype=np.float64))
-        lone = like.numel() >= LARGE
-        many = 1 if lone else max(1, AT_ONCE // max(1, like.numel()))
-        for first in range(0, len(sizes), many):
-            some, h = places[first : min(first + many, len(sizes))], sizes[first : first + many]
-            if lone:
-                w = self.noise.normal(MOTION, some[0], like).mul_(math.sqrt(h[0]))
-                yield w, self.noise.normal(AREA, some[0], like).mul_(math.sqrt(h[0]) / ROOT12) if area else None
-                continue
-            root = torch.from_numpy(np.sqrt(h)).to(like.device, like.dtype).view(-1, *[1] * like.ndim)
-            whole = self.noise.several(MOTION, some, like).mul_(root).unbind(0)
+        roots = [math.sqrt(b - a) for a, b in pairwise(nodes)]
+        many = max(1, AT_ONCE // max(1, like.numel()))
+        for first in range(0, len(roots), many):
+            some, root = places[first : min(first + many, len(roots))], roots[first : first + many]
+            whole = self.noise.several(MOTION, some, root, like)
             if area:
-                yield from zip(whole, self.noise.several(AREA, some, like).mul_(root / ROOT12).unbind(0), strict=True)
+                yield from zip(whole, self.noise.several(AREA, some, [r / ROOT12 for r in root], like), strict=True)
             else:
                 yield from ((w, None) for w in whole)
 

@@ -119,15 +119,23 @@ class Problem:
 
     def product(self, g: Any, w: Tensor) -> Tensor:
         """g w, of y's shape, for w of the shape of a drive."""
+        if self.matrix and g.shape[-1] == 1:
+            return g.squeeze(-1) * w.reshape(-1, *[1] * (len(self.shape) - 1))  # type: ignore[no-any-return]
         if self.matrix:
             found: Tensor = (g.reshape(len(g), -1, g.shape[-1]) @ w.unsqueeze(-1)).reshape(self.shape)
             return found
         return g * w  # type: ignore[no-any-return]
 
+    def added(self, y: Tensor, g: Any, w: Tensor) -> Tensor:
+        """y + g w."""
+        if not self.matrix and isinstance(g, Tensor):
+            return torch.addcmul(y, g, w)
+        return y + self.product(g, w)
+
     def slope(self, t: float, y: Tensor) -> tuple[Tensor, Tensor]:
         """g and (∂g/∂y) g, for diagonal and scalar noise."""
         if self.noise_type == "diagonal":  # g_i depends on y_i alone: one pass gives both
-            g, along = self._along(t, y, torch.ones_like(y))
+            g, along = (self._own if bare() and not torch.is_grad_enabled() else self._along)(t, y, torch.ones_like(y))
             return g, g * along
         g = self.g(t, y)
         return g, self._along(t, y, g.expand(self.shape))[1]
@@ -141,6 +149,16 @@ class Problem:
         for j in range(g.shape[-1]):
             total = total + self._along(t, y, g[..., j])[1][..., j]
         return total
+
+    def _own(self, t: float, y: Tensor, ones: Tensor) -> tuple[Tensor, Tensor]:
+        """g and the derivative of each element in its own: by reverse mode, at less cost, where no graph is wanted."""
+        with torch.enable_grad():
+            leaf = y.detach().requires_grad_()
+            g = self._checked(self.raw(self.time(t), leaf))  # type: ignore[no-untyped-call]
+            if not g.requires_grad:
+                return g, torch.zeros_like(g)
+            (found,) = torch.autograd.grad(g.expand(self.shape), leaf, ones, allow_unused=True)
+        return g.detach(), torch.zeros_like(y) if found is None else found
 
     def _along(self, t: float, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """g and its derivative at y along v."""

@@ -113,7 +113,7 @@ class EulerMaruyama(Scheme):
         """One step."""
         (y,) = carry
         f = p.f(t, y)
-        return (torch.add(y, f, alpha=t_next - t).add(p.product(p.g(t, y), drive[0])),)
+        return (p.added(torch.add(y, f, alpha=t_next - t), p.g(t, y), drive[0]),)
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class Milstein(Scheme):
         (y,), h, w = carry, t_next - t, drive[0]
         f = p.own(t, y)
         if p.noise_type == "additive":
-            return (torch.add(y, f, alpha=h).add(p.product(p.g(t, y), w)),)
+            return (p.added(torch.add(y, f, alpha=h), p.g(t, y), w),)
         ito = p.sde_type == "ito"
         square = w.square()
         if ito:
@@ -143,10 +143,10 @@ class Milstein(Scheme):
         else:
             g, root = p.g(t, y), math.sqrt(h)
             if ito:
-                bend = (p.g(t, y + f * h + g * root) - g) / root
+                bend = (p.g(t, torch.add(y, f, alpha=h).add(g, alpha=root)) - g) / root
             else:
                 bend = (p.g(t, y + g * root) - p.g(t, y - g * root)) / (2.0 * root)
-        return (y + f * h + g * w + bend * square * 0.5,)
+        return (torch.add(y, f, alpha=h).addcmul(g, w).addcmul(bend, square, value=0.5),)
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class EulerHeun(Scheme):
         (y,), w = carry, drive[0]
         first = p.product(p.g(t, y), w)
         second = p.product(p.g(t, y + first), w)
-        return (y + p.f(t, y) * (t_next - t) + 0.5 * (first + second),)
+        return (torch.add(y, p.f(t, y), alpha=t_next - t).add(first + second, alpha=0.5),)
 
 
 @dataclass(frozen=True)
@@ -177,9 +177,9 @@ class StochasticHeun(Scheme):
         """One step."""
         (y,), h, w = carry, t_next - t, drive[0]
         f, first = p.f(t, y), p.product(p.g(t, y), w)
-        ahead = y + f * h + first
+        ahead = torch.add(y, f, alpha=h).add(first)
         second = p.product(p.g(t_next, ahead), w)
-        return (y + (f + p.f(t_next, ahead)) * (0.5 * h) + 0.5 * (first + second),)
+        return (torch.add(y, f + p.f(t_next, ahead), alpha=0.5 * h).add(first + second, alpha=0.5),)
 
 
 @dataclass(frozen=True)
@@ -195,8 +195,8 @@ class Midpoint(Scheme):
     def step(self, p: Problem, carry: Carry, t: float, t_next: float, drive: Drive) -> Carry:
         """One step."""
         (y,), h, w = carry, t_next - t, drive[0]
-        middle, t_half = y + 0.5 * (p.f(t, y) * h + p.product(p.g(t, y), w)), t + 0.5 * h
-        return (y + p.f(t_half, middle) * h + p.product(p.g(t_half, middle), w),)
+        middle, t_half = p.added(torch.add(y, p.f(t, y), alpha=0.5 * h), p.g(t, y), 0.5 * w), t + 0.5 * h
+        return (p.added(torch.add(y, p.f(t_half, middle), alpha=h), p.g(t_half, middle), w),)
 
 
 @dataclass(frozen=True)
@@ -220,9 +220,10 @@ class ReversibleHeun(Scheme):
         """One step."""
         y, hat, f, g = carry
         h, w = t_next - t, drive[0]
-        hat = 2.0 * y - hat + f * h + p.product(g, w)
+        hat = p.added((2.0 * y - hat).add(f, alpha=h), g, w)
         f_next, g_next = p.f(t_next, hat), _whole(p, t_next, hat)
-        return (y + (f + f_next) * (0.5 * h) + p.product(0.5 * (g + g_next), w), hat, f_next, g_next)
+        ahead = p.added(torch.add(y, f + f_next, alpha=0.5 * h), g + g_next, 0.5 * w)
+        return (ahead, hat, f_next, g_next)
 
 
 def _whole(p: Problem, t: float, y: Tensor) -> Tensor:
@@ -302,7 +303,7 @@ class SRK(Scheme):
             if not i or a0 or b0:
                 stage = _added(y, h, a0, f)
                 for c, v in zip(b0, g, strict=False):
-                    stage = stage + p.product(v, c * mixed) if c else stage
+                    stage = p.added(stage, v, c * mixed) if c else stage
                 f.append(p.f(_at(t, t_next, tableau.c0[i]), stage))
                 total = total.add(f[i], alpha=share * h)
             else:  # the first again
@@ -310,14 +311,14 @@ class SRK(Scheme):
         for i, v in enumerate(g):
             terms = [row[i] * part for row, part in zip(tableau.beta, basis, strict=False) if row[i]]
             if terms:
-                total = total + p.product(v, sum(terms[1:], start=terms[0]))
+                total = p.added(total, v, sum(terms[1:], start=terms[0]))
         return (total,)
 
 
 def _added(y: Tensor, scale: float, row: Sequence[float], slopes: Sequence[Any]) -> Tensor:
     """y + scale Σ_j row_j slopes_j."""
     for c, v in zip(row, slopes, strict=False):
-        y = y + v * (c * scale) if c else y
+        y = y.add(v, alpha=c * scale) if c else y
     return y
 
 

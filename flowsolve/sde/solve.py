@@ -22,9 +22,9 @@ from torch.utils.checkpoint import checkpoint
 
 from flowsolve import grids
 from flowsolve._arguments import state
+from flowsolve._batch import rows
 from flowsolve._surroundings import mapped, moving, recorded
 from flowsolve.drivers import bar, checks, settle
-from flowsolve.kernels import largest
 from flowsolve.noise import Noise, Seed
 from flowsolve.ode import check_resolution
 from flowsolve.sde.motion import BrownianPath, Fresh, Motion
@@ -134,7 +134,7 @@ def solve_sde(
     times.update(dict.fromkeys(nodes))
     clock = dict(zip(times, torch.tensor(list(times), dtype=y.dtype, device=y.device).unbind(0), strict=True))
     problem = Problem(f, g, y, noise_type, sde_type, args, clock)
-    if len(y) == 0 or start == end:
+    if y.numel() == 0 or start == end:
         zero = torch.zeros(len(y), dtype=torch.int64)
         there = torch.full((len(y),), start, dtype=torch.float64)
         states, solution = [y] * len(looks or ()), Solution(y, zero, zero, zero, zero, there)
@@ -194,7 +194,7 @@ def march(
             carry = ahead
             if p.counting:
                 if i in checked:
-                    magnitudes.append(largest(carry[0].detach()))
+                    magnitudes.append(rows(carry[0].detach()).abs().amax(1))
                 tick(1)
         return (*carry, *seen)
 
