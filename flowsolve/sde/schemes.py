@@ -155,11 +155,15 @@ class EulerHeun(Scheme):
 
     kind: ClassVar[str] = "stratonovich"
 
+    def nodes(self, noise_type: str) -> Sequence[float]:
+        """Where in a step it asks, as fractions."""
+        return (0.0, 1.0)
+
     def step(self, p: Problem, carry: Carry, t: float, t_next: float, drive: Drive) -> Carry:
         """One step."""
         (y,), w = carry, drive[0]
         first = p.product(p.g(t, y), w)
-        second = p.product(p.g(t, y + first), w)
+        second = p.product(p.g(t_next, y + first), w)
         return (torch.add(y, p.f(t, y), alpha=t_next - t).add(first + second, alpha=0.5),)
 
 
