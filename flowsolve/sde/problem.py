@@ -63,6 +63,7 @@ class Problem:
         clock: Mapping[float, Tensor] | None = None,
     ) -> None:
         self.args = tuple(args)
+        self._host = getattr(f, "host_time", False)  # of `FlowSDE`: times stay on the host, in float64
         self.raw = g if not self.args else lambda t, y: g(t, y, *self.args)
         self._f = Guard(f if not self.args else lambda t, y: f(t, y, *self.args), "f")
         self._g = Guard(self.raw, "g")
@@ -97,6 +98,8 @@ class Problem:
 
     def time(self, t: float) -> Tensor:
         """A time as f and g are given it: 0-dimensional, in the state's dtype."""
+        if self._host:
+            return torch.tensor(t, dtype=torch.float64)
         found = self.clock.get(t)
         return found if found is not None else torch.full((), t, dtype=self.dtype, device=self.device)
 
