@@ -193,7 +193,8 @@ class Guard:
 
     def _copying(self, a: Tensor, b: Tensor, cond: Mapping[str, Any]) -> Any:
         """What f returns for copies, and whether it wrote into them."""
-        copies = a.clone(), b.clone(), tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, dict(cond))
+        more = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, dict(cond)) if cond else {}
+        copies = a.clone(), b.clone(), more
         before = _writes(copies)
         output = self.f(copies[0], copies[1], **copies[2])
         if not self._writes:

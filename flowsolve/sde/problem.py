@@ -74,6 +74,7 @@ class Problem:
         self.calls, self.counting = 0, True
         self.matrix = noise_type == "general"
         self._shift = 0.0
+        self._usual: Any = None  # the shape that g has every time
 
     def begin(self, t: float, y: Tensor, kind: str) -> Tensor:
         """Look at g once, for a scheme of a calculus ("ito", "stratonovich", or "" for either).
@@ -90,6 +91,7 @@ class Problem:
         if self.noise_type == "additive":
             self.matrix = isinstance(g, Tensor) and g.ndim == rank + 1
         self._expect(g)
+        self._usual = g.shape if isinstance(g, Tensor) else None
         if kind and kind != self.sde_type and self.noise_type != "additive":
             self._shift = 0.5 if kind == "ito" else -0.5
         if self.matrix:
@@ -112,6 +114,8 @@ class Problem:
         """The drift as it is given."""
         self.calls += self.counting
         drift = self._f(self.time(t), y)
+        if drift.__class__ is Tensor and drift.shape == self.shape and drift.dtype is self.dtype:
+            return drift
         if not isinstance(drift, Tensor) or drift.shape != self.shape or drift.is_complex():
             raise ValueError(f"f(t, y) returned {_said(drift)} for y of shape {tuple(self.shape)}; expected the same")
         return drift if drift.dtype is self.dtype else drift.to(self.dtype)
@@ -182,6 +186,8 @@ class Problem:
         return self._checked(g), along
 
     def _checked(self, g: Any) -> Any:
+        if g.__class__ is Tensor and g.shape == self._usual and g.dtype is self.dtype:
+            return g
         self._expect(g)
         return g.to(self.dtype) if isinstance(g, Tensor) and g.dtype is not self.dtype else g
 

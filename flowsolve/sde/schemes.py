@@ -162,9 +162,9 @@ class EulerHeun(Scheme):
     def step(self, p: Problem, carry: Carry, t: float, t_next: float, drive: Drive) -> Carry:
         """One step."""
         (y,), w = carry, drive[0]
-        first = p.product(p.g(t, y), w)
-        second = p.product(p.g(t_next, y + first), w)
-        return (torch.add(y, p.f(t, y), alpha=t_next - t).add(first + second, alpha=0.5),)
+        first = p.g(t, y)
+        second = p.g(t_next, p.added(y, first, w))
+        return (p.added(torch.add(y, p.f(t, y), alpha=t_next - t), first + second, 0.5 * w),)
 
 
 @dataclass(frozen=True)
@@ -180,10 +180,10 @@ class StochasticHeun(Scheme):
     def step(self, p: Problem, carry: Carry, t: float, t_next: float, drive: Drive) -> Carry:
         """One step."""
         (y,), h, w = carry, t_next - t, drive[0]
-        f, first = p.f(t, y), p.product(p.g(t, y), w)
-        ahead = torch.add(y, f, alpha=h).add(first)
-        second = p.product(p.g(t_next, ahead), w)
-        return (torch.add(y, f + p.f(t_next, ahead), alpha=0.5 * h).add(first + second, alpha=0.5),)
+        f, first = p.f(t, y), p.g(t, y)
+        ahead = p.added(torch.add(y, f, alpha=h), first, w)
+        g = first + p.g(t_next, ahead)
+        return (p.added(torch.add(y, f + p.f(t_next, ahead), alpha=0.5 * h), g, 0.5 * w),)
 
 
 @dataclass(frozen=True)
