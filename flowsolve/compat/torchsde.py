@@ -24,7 +24,6 @@ What differs:
 * `sdeint_adjoint` differentiates the steps that were made: with `reversible_heun` by undoing them, with memory of O(1),
   with other methods by checkpoints, of O(√steps). Options of the adjoint SDE's own solver draw a warning and are not
   used.
-* A method of the other calculus than the SDE's is given the corrected drift (there: an error).
 * States that are not finite raise `flowsolve.SolverError` (there: NaN is returned).
 * Unknown arguments are a TypeError (there: a warning).
 
@@ -58,7 +57,8 @@ __all__ = [
 ]  # fmt: skip
 
 METHODS = ("euler", "milstein", "srk", "midpoint", "heun", "euler_heun", "reversible_heun")
-AREAS = ("none", "space-time")
+AREAS = ("none", "space-time", "davie", "foster")
+ITO = ("euler", "srk")  # methods of Itô's equation; milstein is for both
 BRIDGE = "the installed torchsde has it (on flows: flowsolve.solvers.bridges.Torchsde)"
 
 
@@ -93,7 +93,8 @@ class BrownianInterval:
         size: (B, m): row i is sample i, whatever B is.
         dtype, device: of what is drawn; torch's defaults.
         entropy: the seed; None draws one from torch's global generator.
-        levy_area_approximation: "none" or "space-time".
+        levy_area_approximation: "none", or "space-time" and what torchsde has beyond it, "davie" and "foster"; areas of
+            pairs are not here.
         dt, tol, pool_size, cache_size, halfway_tree: how torchsde keeps its tree; nothing here.
         W, H: not here.
 
@@ -124,9 +125,8 @@ class BrownianInterval:
         if W is not None or H is not None:
             raise NotImplementedError(f"a BrownianInterval with given W or H is not here; {BRIDGE}")
         if levy_area_approximation not in AREAS:
-            raise NotImplementedError(
-                f"levy_area_approximation = {levy_area_approximation!r} is not here, 'none' and 'space-time' are; "
-                f"{BRIDGE}"
+            raise ValueError(
+                f"levy_area_approximation = {levy_area_approximation!r}; expected one of {', '.join(AREAS)}"
             )
         if size is None:
             raise ValueError("size is missing; expected that of an increment, (batch, channels)")
@@ -291,17 +291,15 @@ def _solved(
         raise ValueError(f"ts = {times}; expected strictly rising times, two at least")
     if not 0.0 < size < math.inf:
         raise ValueError(f"dt = {dt!r}; expected a positive step size")
-    scheme = _scheme(method, noise_type, sde_type, options)
-    motion: Any = "fresh"
-    if isinstance(bm, BrownianInterval):
-        motion = bm.path
-    elif bm is not None:
-        motion = _Given(bm)
+    if method is None:
+        method = "midpoint" if sde_type == "stratonovich" else "euler" if noise_type == "general" else "srk"
+    scheme = _scheme(method, sde_type, options)
+    motion: Any = "fresh" if bm is None else _Given(bm, spare=logqp and noise_type == "diagonal")
+    if method == "srk" and getattr(bm, "levy_area_approximation", None) == "none":
+        raise ValueError('srk needs a motion with levy_area_approximation="space-time"')
     if logqp:
         drift, diffusion = _with_ratio(drift, diffusion, prior, noise_type)
         y0 = torch.cat((y0, y0.new_zeros(len(y0), 1)), 1)
-        if noise_type == "diagonal" and motion != "fresh":
-            motion = _Padded(motion)
     if noise_type == "scalar":
         whole = diffusion
         diffusion = lambda t, y: whole(t, y).squeeze(-1)  # noqa: E731
@@ -316,13 +314,16 @@ def _solved(
     return states, ratio.squeeze(2).diff(dim=0)
 
 
-def _scheme(method: str | None, noise_type: str, sde_type: str, options: Mapping[str, Any] | None) -> Scheme:
-    if method is None:
-        method = "midpoint" if sde_type == "stratonovich" else "euler" if noise_type == "general" else "srk"
+def _scheme(method: str, sde_type: str, options: Mapping[str, Any] | None) -> Scheme:
+    if method in ("log_ode", "adjoint_reversible_heun"):
+        raise NotImplementedError(f"method = {method!r} is not here; {BRIDGE}")
     if method not in METHODS:
-        if method in ("log_ode", "adjoint_reversible_heun"):
-            raise NotImplementedError(f"method = {method!r} is not here; {BRIDGE}")
         raise ValueError(f"method = {method!r}; expected one of {', '.join(METHODS)}")
+    if method != "milstein" and (method in ITO) != (sde_type == "ito"):
+        raise ValueError(
+            f"method = {method!r} is for the other calculus than sde_type = {sde_type!r}; use another, or "
+            "flowsolve.solve_sde, which corrects the drift"
+        )
     known = ("grad_free",) if method == "milstein" else ()
     if unknown := [name for name in options or {} if name not in known]:
         expected = f"expected {known[0]!r} only" if known else "it has none"
@@ -371,35 +372,26 @@ def _with_ratio(f: Any, g: Any, h: Any, noise_type: str) -> tuple[Any, Any]:
 
 @dataclass(frozen=True)
 class _Given(Motion):
-    """A motion that a function of (ta, tb) gives, with return_U where its integral is wanted."""
+    """A motion that a function of (ta, tb) gives, with return_U where its integral is wanted.
+
+    Attributes:
+        bm: the function.
+        spare: whether the last channel moves nothing, and may be missing.
+    """
 
     bm: Any
+    spare: bool = False
 
     def part(self, a: float, b: float, t: float, like: Tensor, area: bool) -> Drive:
         """See `flowsolve.sde.motion.Motion`."""
         found = self.bm(a, t, return_U=True) if area else self.bm(a, t)
         w, integral = found if area else (found, None)
+        if self.spare and w.ndim == 2 and w.shape[1] == like.shape[1] - 1:
+            w, integral = (None if v is None else nn.functional.pad(v, (0, 1)) for v in (w, integral))
         if w.shape != like.shape:
             raise ValueError(f"bm gave increments of shape {tuple(w.shape)}; expected {tuple(like.shape)}")
         w = w.to(like)
         return w, None if integral is None else integral.to(like) / (t - a) - 0.5 * w
-
-    def drives(self, nodes: Sequence[float], like: Tensor, area: bool) -> Iterator[Drive]:
-        """See `flowsolve.sde.motion.Motion`."""
-        for a, b in pairwise(nodes):
-            yield self.part(a, b, b, like, area)
-
-
-@dataclass(frozen=True)
-class _Padded(Motion):
-    """A motion with one more element, which moves nothing."""
-
-    inner: Motion
-
-    def part(self, a: float, b: float, t: float, like: Tensor, area: bool) -> Drive:
-        """See `flowsolve.sde.motion.Motion`."""
-        w, h = self.inner.part(a, b, t, like[:, :-1], area)
-        return nn.functional.pad(w, (0, 1)), None if h is None else nn.functional.pad(h, (0, 1))
 
     def drives(self, nodes: Sequence[float], like: Tensor, area: bool) -> Iterator[Drive]:
         """See `flowsolve.sde.motion.Motion`."""

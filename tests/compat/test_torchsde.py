@@ -176,7 +176,7 @@ def test_the_log_ratio_is_theirs(noise_type: str) -> None:
     sde = Model(noise_type, kind)
     bm = torchsde.BrownianInterval(0.0, 1.0, size=(4, 4 if noise_type == "diagonal" else 2), dtype=torch.float64,
                                    entropy=3)  # fmt: skip
-    given = (lambda ta, tb: bm(ta, tb)[:, :3]) if noise_type == "diagonal" else bm
+    given = (lambda ta, tb: bm(ta, tb)[:, :3]) if noise_type == "diagonal" else bm  # the last moves nothing
     with torch.no_grad():
         theirs = torchsde.sdeint(sde, Y0, TS, bm=bm, method=method, dt=1 / 16, logqp=True)
         ours = sdeint(sde, Y0, TS, bm=given, method=method, dt=1 / 16, logqp=True)
@@ -247,8 +247,12 @@ def test_what_is_not_here_says_so(options: dict[str, Any], error: Any, match: st
 def test_errors_of_other_kinds() -> None:
     with pytest.raises(NotImplementedError, match="return_A"):
         motion("diagonal")(0.0, 1.0, return_A=True)
-    with pytest.raises(NotImplementedError, match="'foster' is not here"):
-        BrownianInterval(size=(1, 1), levy_area_approximation="foster")
+    with pytest.raises(ValueError, match="none, space-time, davie, foster"):
+        BrownianInterval(size=(1, 1), levy_area_approximation="pairs")
+    with pytest.raises(ValueError, match="levy_area_approximation"):
+        sdeint(Model("diagonal", "ito"), Y0, TS, bm=motion("diagonal", "none"), method="srk", dt=0.25)
+    with pytest.raises(ValueError, match=r"flowsolve\.solve_sde"):
+        sdeint(Model("diagonal", "ito"), Y0, TS, method="heun", dt=0.25)
     with pytest.raises(NotImplementedError, match="no g and no f_and_g"):
         sdeint(type("S", (), {"noise_type": "diagonal", "sde_type": "ito", "f": lambda s, t, y: y})(), Y0, TS)
     with pytest.raises(ValueError, match="no attribute noise_type"):
