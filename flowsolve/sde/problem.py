@@ -74,6 +74,7 @@ class Problem:
         self.calls, self.counting = 0, True
         self.matrix = noise_type == "general"
         self._shift = 0.0
+        self.width: Tensor | None = None  # the lengths of a step, where samples have their own
         self._usual: Any = None  # the shape that g has every time
 
     def begin(self, t: float, y: Tensor, kind: str) -> Tensor:
@@ -98,19 +99,25 @@ class Problem:
             return y.new_empty(count, g.shape[-1])
         return y.new_empty(count, *[1] * (rank - 1)) if self.noise_type == "scalar" else torch.empty_like(y)
 
-    def time(self, t: float) -> Tensor:
-        """A time as f and g are given it: 0-dimensional, in the state's dtype."""
+    def size(self, t: Any, t_next: Any) -> Any:
+        """The length of a step: a number, or (B, 1, …, 1) where samples have their own."""
+        return t_next - t if self.width is None else self.width
+
+    def time(self, t: Any) -> Tensor:
+        """A time as f and g are given it: 0-dimensional, or (B, 1, …, 1), in the state's dtype."""
+        if isinstance(t, Tensor):
+            return t
         if self._host:
             return torch.tensor(t, dtype=torch.float64)
         found = self.clock.get(t)
         return found if found is not None else torch.full((), t, dtype=self.dtype, device=self.device)
 
-    def f(self, t: float, y: Tensor) -> Tensor:
+    def f(self, t: Any, y: Tensor) -> Tensor:
         """The drift, in the calculus of the scheme."""
         drift = self.own(t, y)
         return drift if not self._shift else drift.add(self.correction(t, y), alpha=self._shift)
 
-    def own(self, t: float, y: Tensor) -> Tensor:
+    def own(self, t: Any, y: Tensor) -> Tensor:
         """The drift as it is given."""
         self.calls += self.counting
         drift = self._f(self.time(t), y)
@@ -120,7 +127,7 @@ class Problem:
             raise ValueError(f"f(t, y) returned {_said(drift)} for y of shape {tuple(self.shape)}; expected the same")
         return drift if drift.dtype is self.dtype else drift.to(self.dtype)
 
-    def g(self, t: float, y: Tensor) -> Any:
+    def g(self, t: Any, y: Tensor) -> Any:
         """The diffusion: a tensor, or a number where additive noise is one."""
         return self._checked(self._g(self.time(t), y))
 
@@ -139,7 +146,7 @@ class Problem:
             return torch.addcmul(y, g, w)
         return y + self.product(g, w)
 
-    def slope(self, t: float, y: Tensor) -> tuple[Tensor, Tensor]:
+    def slope(self, t: Any, y: Tensor) -> tuple[Tensor, Tensor]:
         """g and (∂g/∂y) g, for diagonal and scalar noise."""
         if self.noise_type == "diagonal":  # g_i depends on y_i alone: one pass gives both
             g, along = (self._own if bare() and not torch.is_grad_enabled() else self._along)(t, y, torch.ones_like(y))
@@ -147,7 +154,7 @@ class Problem:
         g = self.g(t, y)
         return g, self._along(t, y, g.expand(self.shape))[1]
 
-    def correction(self, t: float, y: Tensor) -> Tensor:
+    def correction(self, t: Any, y: Tensor) -> Tensor:
         """c = Σ_j (∂g_j/∂y) g_j."""
         if not self.matrix:
             return self.slope(t, y)[1]
@@ -157,7 +164,7 @@ class Problem:
             total = total + self._along(t, y, g[..., j])[1][..., j]
         return total
 
-    def _own(self, t: float, y: Tensor, ones: Tensor) -> tuple[Tensor, Tensor]:
+    def _own(self, t: Any, y: Tensor, ones: Tensor) -> tuple[Tensor, Tensor]:
         """g and the derivative of each element in its own: by reverse mode, at less cost, where no graph is wanted."""
         with torch.enable_grad():
             leaf = y.detach().requires_grad_()
@@ -167,7 +174,7 @@ class Problem:
             (found,) = torch.autograd.grad(g.expand(self.shape), leaf, ones, allow_unused=True)
         return g.detach(), torch.zeros_like(y) if found is None else found
 
-    def _along(self, t: float, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def _along(self, t: Any, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """g and its derivative at y along v."""
         time = self.time(t)
         try:

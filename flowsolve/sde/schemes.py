@@ -71,7 +71,7 @@ from flowsolve.sde.problem import Problem
 
 __all__ = [
     "SCHEMES", "SRA1", "SRI1", "SRK", "EulerHeun", "EulerMaruyama", "Midpoint", "Milstein", "ReversibleHeun", "Scheme",
-    "StochasticHeun", "Tableau",
+    "StochasticHeun", "Tableau", "along",
 ]  # fmt: skip
 
 Carry = tuple[Tensor, ...]
@@ -96,11 +96,15 @@ class Scheme:
         """Whether it needs H."""
         return False
 
+    def order(self, noise_type: str) -> float:
+        """The strong order."""
+        return 0.5 if noise_type == "general" else 1.0
+
     def begin(self, p: Problem, t: float, y: Tensor) -> Carry:
         """What is carried at the start."""
         return (y,)
 
-    def step(self, p: Problem, carry: Carry, t: float, t_next: float, drive: Drive) -> Carry:
+    def step(self, p: Problem, carry: Carry, t: Any, t_next: Any, drive: Drive) -> Carry:
         """One step."""
         raise NotImplementedError
 
@@ -109,11 +113,15 @@ class Scheme:
 class EulerMaruyama(Scheme):
     """Euler and Maruyama's scheme, for Itô's equation and all noise: strong order ½ (additive: 1), weak order 1."""
 
-    def step(self, p: Problem, carry: Carry, t: float, t_next: float, drive: Drive) -> Carry:
+    def order(self, noise_type: str) -> float:
+        """The strong order."""
+        return 1.0 if noise_type == "additive" else 0.5
+
+    def step(self, p: Problem, carry: Carry, t: Any, t_next: Any, drive: Drive) -> Carry:
         """One step."""
         (y,) = carry
         f = p.f(t, y)
-        return (p.added(torch.add(y, f, alpha=t_next - t), p.g(t, y), drive[0]),)
+        return (p.added(along(y, f, p.size(t, t_next)), p.g(t, y), drive[0]),)
 
 
 @dataclass(frozen=True)
@@ -128,12 +136,12 @@ class Milstein(Scheme):
     noises: ClassVar[Sequence[str]] = COMMUTATIVE
     derivatives: bool = True
 
-    def step(self, p: Problem, carry: Carry, t: float, t_next: float, drive: Drive) -> Carry:
+    def step(self, p: Problem, carry: Carry, t: Any, t_next: Any, drive: Drive) -> Carry:
         """One step."""
-        (y,), h, w = carry, t_next - t, drive[0]
+        (y,), h, w = carry, p.size(t, t_next), drive[0]
         f = p.own(t, y)
         if p.noise_type == "additive":
-            return (p.added(torch.add(y, f, alpha=h), p.g(t, y), w),)
+            return (p.added(along(y, f, h), p.g(t, y), w),)
         ito = p.sde_type == "ito"
         square = w.square()
         if ito:
@@ -141,12 +149,12 @@ class Milstein(Scheme):
         if self.derivatives:
             g, bend = p.slope(t, y)
         else:
-            g, root = p.g(t, y), math.sqrt(h)
+            g, root = p.g(t, y), _root(h)
             if ito:
-                bend = (p.g(t, torch.add(y, f, alpha=h).add(g, alpha=root)) - g) / root
+                bend = (p.g(t, along(along(y, f, h), g, root)) - g) / root
             else:
                 bend = (p.g(t, y + g * root) - p.g(t, y - g * root)) / (2.0 * root)
-        return (torch.add(y, f, alpha=h).addcmul(g, w).addcmul(bend, square, value=0.5),)
+        return (along(y, f, h).addcmul(g, w).addcmul(bend, square, value=0.5),)
 
 
 @dataclass(frozen=True)
@@ -159,12 +167,12 @@ class EulerHeun(Scheme):
         """Where in a step it asks, as fractions."""
         return (0.0, 1.0)
 
-    def step(self, p: Problem, carry: Carry, t: float, t_next: float, drive: Drive) -> Carry:
+    def step(self, p: Problem, carry: Carry, t: Any, t_next: Any, drive: Drive) -> Carry:
         """One step."""
         (y,), w = carry, drive[0]
         first = p.g(t, y)
         second = p.g(t_next, p.added(y, first, w))
-        return (p.added(torch.add(y, p.f(t, y), alpha=t_next - t), first + second, 0.5 * w),)
+        return (p.added(along(y, p.f(t, y), p.size(t, t_next)), first + second, 0.5 * w),)
 
 
 @dataclass(frozen=True)
@@ -177,13 +185,13 @@ class StochasticHeun(Scheme):
         """Where in a step it asks, as fractions."""
         return (0.0, 1.0)
 
-    def step(self, p: Problem, carry: Carry, t: float, t_next: float, drive: Drive) -> Carry:
+    def step(self, p: Problem, carry: Carry, t: Any, t_next: Any, drive: Drive) -> Carry:
         """One step."""
-        (y,), h, w = carry, t_next - t, drive[0]
+        (y,), h, w = carry, p.size(t, t_next), drive[0]
         f, first = p.f(t, y), p.g(t, y)
-        ahead = p.added(torch.add(y, f, alpha=h), first, w)
+        ahead = p.added(along(y, f, h), first, w)
         g = first + p.g(t_next, ahead)
-        return (p.added(torch.add(y, f + p.f(t_next, ahead), alpha=0.5 * h), g, 0.5 * w),)
+        return (p.added(along(y, f + p.f(t_next, ahead), h, 0.5), g, 0.5 * w),)
 
 
 @dataclass(frozen=True)
@@ -196,11 +204,11 @@ class Midpoint(Scheme):
         """Where in a step it asks, as fractions."""
         return (0.0, 0.5)
 
-    def step(self, p: Problem, carry: Carry, t: float, t_next: float, drive: Drive) -> Carry:
+    def step(self, p: Problem, carry: Carry, t: Any, t_next: Any, drive: Drive) -> Carry:
         """One step."""
-        (y,), h, w = carry, t_next - t, drive[0]
-        middle, t_half = p.added(torch.add(y, p.f(t, y), alpha=0.5 * h), p.g(t, y), 0.5 * w), t + 0.5 * h
-        return (p.added(torch.add(y, p.f(t_half, middle), alpha=h), p.g(t_half, middle), w),)
+        (y,), h, w = carry, p.size(t, t_next), drive[0]
+        middle, t_half = p.added(along(y, p.f(t, y), h, 0.5), p.g(t, y), 0.5 * w), t + 0.5 * h
+        return (p.added(along(y, p.f(t_half, middle), h), p.g(t_half, middle), w),)
 
 
 @dataclass(frozen=True)
@@ -220,13 +228,13 @@ class ReversibleHeun(Scheme):
         """The state and, beside it, its prediction with f and g there."""
         return (y, y, p.f(t, y), _whole(p, t, y))
 
-    def step(self, p: Problem, carry: Carry, t: float, t_next: float, drive: Drive) -> Carry:
+    def step(self, p: Problem, carry: Carry, t: Any, t_next: Any, drive: Drive) -> Carry:
         """One step."""
         y, hat, f, g = carry
-        h, w = t_next - t, drive[0]
-        hat = p.added((2.0 * y - hat).add(f, alpha=h), g, w)
+        h, w = p.size(t, t_next), drive[0]
+        hat = p.added(along(2.0 * y - hat, f, h), g, w)
         f_next, g_next = p.f(t_next, hat), _whole(p, t_next, hat)
-        ahead = p.added(torch.add(y, f + f_next, alpha=0.5 * h), g + g_next, 0.5 * w)
+        ahead = p.added(along(y, f + f_next, h, 0.5), g + g_next, 0.5 * w)
         return (ahead, hat, f_next, g_next)
 
 
@@ -289,14 +297,20 @@ class SRK(Scheme):
         """Whether it needs H."""
         return True
 
-    def step(self, p: Problem, carry: Carry, t: float, t_next: float, drive: Drive) -> Carry:
+    def order(self, noise_type: str) -> float:
+        """The strong order."""
+        return 1.5
+
+    def step(self, p: Problem, carry: Carry, t: Any, t_next: Any, drive: Drive) -> Carry:
         """One step."""
-        (y,), h = carry, t_next - t
+        (y,), h = carry, p.size(t, t_next)
         w, area = drive
         assert area is not None
-        mixed, root = 0.5 * w + area, math.sqrt(h)
+        mixed, root = 0.5 * w + area, _root(h)
         tableau = SRA1 if p.noise_type == "additive" else SRI1
-        basis = [w, (w.square() - h) * (0.5 / root), mixed, w * (w.square() - 3.0 * h) * (1.0 / (6.0 * h))]
+        basis = [w, w, mixed, w]
+        if tableau is SRI1:
+            basis = [w, (w.square() - h) * (0.5 / root), mixed, w * (w.square() - 3.0 * h) * (1.0 / (6.0 * h))]
         f: list[Tensor] = []
         g: list[Any] = []
         total = y
@@ -309,7 +323,7 @@ class SRK(Scheme):
                 for c, v in zip(b0, g, strict=False):
                     stage = p.added(stage, v, c * mixed) if c else stage
                 f.append(p.f(_at(t, t_next, tableau.c0[i]), stage))
-                total = total.add(f[i], alpha=share * h)
+                total = along(total, f[i], h, share)
             else:  # the first again
                 f.append(f[0])
         for i, v in enumerate(g):
@@ -319,14 +333,25 @@ class SRK(Scheme):
         return (total,)
 
 
-def _added(y: Tensor, scale: float, row: Sequence[float], slopes: Sequence[Any]) -> Tensor:
+def along(y: Tensor, slope: Tensor, h: Any, c: float = 1.0) -> Tensor:
+    """y + c h slope, for h a number or one a sample."""
+    if isinstance(h, Tensor):
+        return torch.addcmul(y, slope, h, value=c)
+    return torch.add(y, slope, alpha=c * h)
+
+
+def _root(h: Any) -> Any:
+    return h.sqrt() if isinstance(h, Tensor) else math.sqrt(h)
+
+
+def _added(y: Tensor, scale: Any, row: Sequence[float], slopes: Sequence[Any]) -> Tensor:
     """y + scale Σ_j row_j slopes_j."""
     for c, v in zip(row, slopes, strict=False):
-        y = y.add(v, alpha=c * scale) if c else y
+        y = along(y, v, scale, c) if c else y
     return y
 
 
-def _at(t: float, t_next: float, c: float) -> float:
+def _at(t: Any, t_next: Any, c: float) -> Any:
     """A time within a step, with its ends to the bit."""
     return t_next if c == 1.0 else t + c * (t_next - t)
 
