@@ -77,7 +77,7 @@ class Problem:
         self.width: Tensor | None = None  # the lengths of a step, where samples have their own
         self._usual: Any = None  # the shape that g has every time
 
-    def begin(self, t: float, y: Tensor, kind: str) -> Tensor:
+    def begin(self, t: Any, y: Tensor, kind: str) -> Tensor:
         """Look at g once, for a scheme of a calculus ("ito", "stratonovich", or "" for either).
 
         Returns:

@@ -27,6 +27,7 @@ from flowsolve._surroundings import mapped, moving, recorded
 from flowsolve.drivers import bar, checks, settle
 from flowsolve.noise import Noise, Seed
 from flowsolve.ode import check_resolution
+from flowsolve.sde.adaptive import Control, pursue
 from flowsolve.sde.motion import BrownianPath, Fresh, Motion
 from flowsolve.sde.problem import NOISE_TYPES, SDE_TYPES, Problem
 from flowsolve.sde.reversible import WayBack
@@ -45,7 +46,10 @@ def solve_sde(
     t0: float,
     t1: float,
     *,
-    steps: int | Sequence[float] | Tensor,
+    steps: int | Sequence[float] | Tensor | None = None,
+    rtol: float | None = None,
+    atol: float | None = None,
+    max_steps: int = 100_000,
     solver: Scheme | str | None = None,
     noise_type: str = "diagonal",
     sde_type: str = "ito",
@@ -67,6 +71,9 @@ def solve_sde(
         y0: the initial state, (B, \*S).
         t0, t1: the interval, t0 < t1. (A reverse-time SDE runs in the time τ = −t.)
         steps: how many equal steps, or all times of the grid from t0 to t1.
+        rtol, atol: tolerances, in place of a grid: every sample finds steps of its own (`flowsolve.sde.adaptive`); the
+            motion is a path, and t has the shape (B, 1, …, 1). `steps` is then the least number of steps, 16.
+        max_steps: attempts (accepted and rejected) that a sample may make with tolerances.
         solver: one of `flowsolve.sde`'s, or its name: "euler", "milstein", "heun", "srk", … By default `SRK` (strong
             order 1.5), for general noise `EulerMaruyama` (½), and for Stratonovich's equation `StochasticHeun` (1; ½).
         noise_type: "diagonal" (g of y's shape, entry i depending on y_i alone), "scalar" (g of y's shape, one Brownian
@@ -125,9 +132,10 @@ def solve_sde(
         raise ValueError(f"t0 = {start:g}, t1 = {end:g}; expected t0 <= t1: write a reverse-time SDE in the time -t")
     y = state(y0)
     check_resolution(start, end, y.dtype)
-    nodes = _nodes(steps, start, end)
+    control = _control(rtol, atol, steps, max_steps, scheme, noise_type, f)
+    nodes = [start, end] if control else _nodes(steps, start, end)
     looks = None if t_eval is None else _looks(t_eval, start, end)
-    motion = _motion(noise, start, end, seed, samples, len(y))
+    motion = _motion("brownian" if control and noise == "fresh" else noise, start, end, seed, samples, len(y))
     if looks is not None and not looks:
         raise ValueError("t_eval is empty; expected times from t0 to t1, or None")
     times = {t: None for a, b in pairwise(nodes) for t in (a + c * (b - a) for c in scheme.nodes(noise_type))}
@@ -138,6 +146,10 @@ def solve_sde(
         zero = torch.zeros(len(y), dtype=torch.int64)
         there = torch.full((len(y),), start, dtype=torch.float64)
         states, solution = [y] * len(looks or ()), Solution(y, zero, zero, zero, zero, there)
+    elif control:
+        if not isinstance(motion, BrownianPath) or (motion.t0, motion.t1) != (start, end):
+            raise ValueError("with tolerances noise= is 'brownian', or a BrownianPath over [t0, t1] and no more")
+        states, solution = pursue(problem, scheme, y, motion, control, looks or (), gradient)
     else:
         mode = gradient if torch.is_grad_enabled() else "direct"
         functions = [f, g, *problem.args, *(params or ())]
@@ -242,6 +254,33 @@ def chosen(solver: Scheme | str | None, noise_type: str, sde_type: str) -> Schem
             "Stratonovich's equation, StochasticHeun()"
         )
     return found
+
+
+def _control(
+    rtol: float | None, atol: float | None, steps: Any, max_steps: int, scheme: Scheme, noise_type: str, f: Any
+) -> Control | None:
+    """What adaptive steps must meet; None for steps on a grid."""
+    if rtol is None and atol is None:
+        if steps is None:
+            raise ValueError("steps is missing: give a number of steps, the times of a grid, or rtol= and atol=")
+        return None
+    if scheme.order(noise_type) < 1.0 or isinstance(scheme, ReversibleHeun):
+        raise ValueError(
+            f"adaptive steps need a scheme of strong order 1 that carries the state alone, which {scheme!r} with "
+            f"{noise_type} noise is not; give steps="
+        )
+    if getattr(f, "host_time", False):
+        raise TypeError("a FlowSDE is solved at one time for all samples; give steps= in place of rtol and atol")
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        if value is not None and not 0.0 <= value < math.inf:
+            raise ValueError(f"{name} = {value!r}; expected a finite number >= 0")
+    if not rtol and not atol:
+        raise ValueError("rtol and atol are both 0, which no step can meet; give at least one of them > 0")
+    if not (steps is None or (isinstance(steps, int) and 1 <= steps <= 2**20)):
+        raise ValueError(f"steps = {steps!r}; with tolerances expected the least number of steps, or None")
+    if max_steps < 1:
+        raise ValueError(f"max_steps = {max_steps!r}; expected at least 1")
+    return Control(rtol or 0.0, atol or 0.0, 4 if steps is None else (steps - 1).bit_length(), max_steps)
 
 
 def _nodes(steps: Any, start: float, end: float) -> list[float]:
