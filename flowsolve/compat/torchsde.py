@@ -25,9 +25,11 @@ What differs:
   with other methods by checkpoints, of O(√steps). Options of the adjoint SDE's own solver draw a warning and are not
   used.
 * States that are not finite raise `flowsolve.SolverError` (there: NaN is returned).
+* `adaptive=True` gives every sample steps of its own (`flowsolve.sde.adaptive`), f and g times of shape (B, 1), and
+  needs a method of strong order 1; dt and dt_min are not used (there: one step for the whole batch).
 * Unknown arguments are a TypeError (there: a warning).
 
-What is not here, and says so: `adaptive`, `method="log_ode"` and Lévy areas of pairs (`return_A`, "davie", "foster"),
+What is not here, and says so: `method="log_ode"` and Lévy areas of pairs (`return_A`, "davie", "foster"),
 `extra` and `extra_solver_state`, a motion with given `W` or `H`, and SDEs with products g_prod in place of g. The
 methods of the installed torchsde run on flows as `flowsolve.solvers.bridges.Torchsde`.
 """
@@ -212,16 +214,17 @@ def sdeint(
         options: {"grad_free": True} for milstein.
         names: other names of the drift, diffusion, prior drift and drift_and_diffusion.
         logqp: return also the integrals of ½ |g⁻¹ (f − h)|² over the intervals of ts, (T − 1, B), h the prior drift.
-        adaptive, extra, extra_solver_state: not here.
-        rtol, atol, dt_min: of adaptive steps.
+        adaptive, rtol, atol: find steps under tolerances, for each sample.
+        dt_min, extra, extra_solver_state: not here.
 
     Raises:
         NotImplementedError: what is not here, by name.
         ValueError, TypeError: bad arguments.
         SolverError: a sample met a value that is not finite.
     """
-    _lacking(adaptive=adaptive, extra=extra, extra_solver_state=extra_solver_state)
-    return _solved(sde, y0, ts, bm, method, dt, options, names, logqp, "direct")
+    _lacking(extra=extra, extra_solver_state=extra_solver_state)
+    tolerances = (float(rtol), float(atol)) if adaptive else None
+    return _solved(sde, y0, ts, bm, method, dt, options, names, logqp, "direct", tolerances)
 
 
 def sdeint_adjoint(
@@ -255,7 +258,7 @@ def sdeint_adjoint(
 
     The rest is as in `sdeint`.
     """
-    _lacking(adaptive=adaptive, extra=extra, extra_solver_state=extra_solver_state)
+    _lacking(extra=extra, extra_solver_state=extra_solver_state)
     used = adjoint_method not in (None, "adjoint_reversible_heun") or adjoint_options or adjoint_adaptive
     if used or (adjoint_rtol, adjoint_atol) != (1e-5, 1e-4):
         warnings.warn(
@@ -264,8 +267,9 @@ def sdeint_adjoint(
             stacklevel=2,
         )
     mode = "adjoint" if method == "reversible_heun" else "checkpoint"
+    tolerances = (float(rtol), float(atol)) if adaptive else None
     params = None if adjoint_params is None else [p for p in adjoint_params if p.requires_grad]
-    return _solved(sde, y0, ts, bm, method, dt, options, names, logqp, mode, params)
+    return _solved(sde, y0, ts, bm, method, dt, options, names, logqp, mode, tolerances, params)
 
 
 def _solved(
@@ -279,6 +283,7 @@ def _solved(
     names: Mapping[str, str] | None,
     logqp: bool,
     mode: str,
+    tolerances: tuple[float, float] | None,
     params: Any = None,
 ) -> Any:
     drift, diffusion, prior = _functions(sde, names or {})
@@ -303,8 +308,13 @@ def _solved(
     if noise_type == "scalar":
         whole = diffusion
         diffusion = lambda t, y: whole(t, y).squeeze(-1)  # noqa: E731
+    if tolerances is None:
+        steps: dict[str, Any] = {"steps": spaced(times[0], times[-1], size)}
+    else:
+        steps = {"rtol": tolerances[0], "atol": tolerances[1]}
+        motion = _followed(bm, times)
     sol = solve_sde(
-        drift, diffusion, y0, times[0], times[-1], steps=spaced(times[0], times[-1], size), solver=scheme,
+        drift, diffusion, y0, times[0], times[-1], solver=scheme, **steps,
         noise_type=noise_type, sde_type=sde_type, t_eval=times, seed=int(torch.randint(2**63 - 1, ())), noise=motion,
         gradient=mode, params=params,
     )  # fmt: skip
@@ -312,6 +322,17 @@ def _solved(
         return sol.x
     states, ratio = sol.x.split((y0.shape[1] - 1, 1), 2)
     return states, ratio.squeeze(2).diff(dim=0)
+
+
+def _followed(bm: Any, times: Sequence[float]) -> str | BrownianPath:
+    """The path that adaptive steps follow."""
+    if bm is None:
+        return "brownian"
+    if not isinstance(bm, BrownianInterval) or (bm.path.t0, bm.path.t1) != (times[0], times[-1]):
+        raise NotImplementedError(
+            "adaptive=True follows a BrownianInterval of flowsolve.compat.torchsde over [ts[0], ts[-1]], or bm=None"
+        )
+    return bm.path
 
 
 def _scheme(method: str, sde_type: str, options: Mapping[str, Any] | None) -> Scheme:

@@ -4,6 +4,7 @@ r"""SDEs of one's own: $dy = f(t, y)\,dt + g(t, y)\,dW$, Itô's or Stratonovich'
 |---|---|
 | `flowsolve.sde.solve` | `solve_sde` |
 | `flowsolve.sde.schemes` | the schemes, their orders and costs |
+| `flowsolve.sde.adaptive` | steps of each sample's own, under tolerances |
 | `flowsolve.sde.problem` | kinds of noise, and the drift of the other calculus |
 | `flowsolve.sde.motion`, `tree` | Brownian motion and its space-time Lévy area, addressed by seed, sample and place |
 | `flowsolve.sde.reversible` | the adjoint of the reversible Heun scheme |

@@ -1,4 +1,4 @@
-r"""`solve_sde`: any SDE $dy = f(t, y)\,dt + g(t, y)\,dW$ on a grid of times.
+r"""`solve_sde`: any SDE $dy = f(t, y)\,dt + g(t, y)\,dW$ on a grid of times, or under tolerances.
 
 Steps are those of the grid, whatever `t_eval` asks for. A state between two nodes is a shorter step of the same scheme
 from the node before it, driven by the same Brownian motion: it converges as the states at the nodes do, where a

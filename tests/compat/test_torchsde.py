@@ -184,6 +184,20 @@ def test_the_log_ratio_is_theirs(noise_type: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+def test_adaptive_steps() -> None:
+    """Along one path: closer to the limit of many steps than the tolerance by little, and gradients in both ways."""
+    fine = sdeint(Model("diagonal", "ito"), Y0, TS, bm=motion("diagonal"), method="srk", dt=1 / 512).detach()
+    found = []
+    for solve in (sdeint, sdeint_adjoint):
+        sde = Model("diagonal", "ito")
+        x = solve(sde, Y0, TS, bm=motion("diagonal"), method="srk", adaptive=True, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(x.detach(), fine, rtol=0, atol=2e-3)
+        x.sum().backward()
+        found.append(sde.rate.grad)
+    torch.testing.assert_close(*found)
+    assert sdeint(Model("general", "stratonovich"), Y0, TS, dt=0.1).shape == fine.shape
+
+
 def test_the_interval() -> None:
     bm = motion("diagonal")
     w, u = bm(0.25, 0.75, return_U=True)
@@ -227,7 +241,8 @@ def test_names_and_joint_functions() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"adaptive": True}, NotImplementedError, "adaptive= is not here"),
+        ({"adaptive": True}, ValueError, "strong order 1"),
+        ({"adaptive": True, "bm": lambda a, b: torch.zeros(4, 3)}, NotImplementedError, "or bm=None"),
         ({"extra": True}, NotImplementedError, "extra= is not here"),
         ({"method": "log_ode"}, NotImplementedError, "log_ode"),
         ({"method": "rk4"}, ValueError, "expected one of euler, milstein"),
