@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from flowsolve import grids
 from flowsolve._arguments import state
 from flowsolve._batch import rows
-from flowsolve._surroundings import mapped, moving, recorded
+from flowsolve._surroundings import eager, mapped, moving, recorded
 from flowsolve.drivers import bar, checks, settle
 from flowsolve.noise import Noise, Seed
 from flowsolve.ode import check_resolution
@@ -39,6 +39,7 @@ __all__ = ["march", "solve_sde"]
 MODES = ("direct", "checkpoint", "adjoint")
 
 
+@eager
 def solve_sde(
     f: Callable[..., Tensor],
     g: Callable[..., Any],

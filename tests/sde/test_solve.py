@@ -222,6 +222,18 @@ def test_transforms_of_torch_func(scheme: Scheme) -> None:
     torch.testing.assert_close(tangent, direct)
 
 
+def test_vmap_and_compile() -> None:
+    """Mapped parameters share the noise; a compiled caller runs the solve as it stands."""
+
+    def end(rate: Tensor) -> Tensor:
+        return fs.solve_sde(lambda t, y: -rate * y, lambda t, y: 0.3 * y, Y0, 0.0, 1.0, steps=4, solver=SRK()).x
+
+    rates = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    both = torch.stack([end(rate) for rate in rates])
+    torch.testing.assert_close(torch.func.vmap(end)(rates), both)
+    torch.testing.assert_close(torch.compile(end, backend="eager")(rates[1]), both[1])
+
+
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
