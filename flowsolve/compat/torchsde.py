@@ -30,8 +30,8 @@ What differs:
 * Unknown arguments are a TypeError (there: a warning).
 
 What is not here, and says so: `method="log_ode"` and Lévy areas of pairs (`return_A`, "davie", "foster"),
-`extra` and `extra_solver_state`, a motion with given `W` or `H`, and SDEs with products g_prod in place of g. The
-methods of the installed torchsde run on flows as `flowsolve.solvers.bridges.Torchsde`.
+`extra` and `extra_solver_state`, and a motion with given `W` or `H`. Products (`g_prod`) serve as
+columns of g. The methods of the installed torchsde run on flows as `flowsolve.solvers.bridges.Torchsde`.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ import torch
 from torch import Tensor, nn
 
 from flowsolve._batch import rows
+from flowsolve.compat._torchsde import check_kinds, functions, with_ratio
 from flowsolve.noise import Noise
 from flowsolve.sde import BrownianPath, Milstein, Scheme, solve_sde
 from flowsolve.sde.motion import Drive, Motion
-from flowsolve.sde.problem import NOISE_TYPES, SDE_TYPES
 from flowsolve.sde.schemes import SCHEMES
 from flowsolve.solvers.bridges import spaced
 
@@ -69,7 +69,7 @@ class BaseSDE(nn.Module):
 
     def __init__(self, noise_type: str, sde_type: str) -> None:
         super().__init__()
-        _kinds(noise_type, sde_type)
+        check_kinds(noise_type, sde_type)
         self.noise_type, self.sde_type = noise_type, sde_type
 
 
@@ -286,7 +286,7 @@ def _solved(
     tolerances: tuple[float, float] | None,
     params: Any = None,
 ) -> Any:
-    drift, diffusion, prior = _functions(sde, names or {})
+    drift, diffusion, prior = functions(sde, names or {}, bm)
     noise_type, sde_type = sde.noise_type, sde.sde_type
     if not isinstance(y0, Tensor) or y0.ndim != 2:
         raise ValueError(f"y0 is {_said(y0)}; expected a tensor of shape (batch, channels)")
@@ -303,7 +303,7 @@ def _solved(
     if method == "srk" and getattr(bm, "levy_area_approximation", None) == "none":
         raise ValueError('srk needs a motion with levy_area_approximation="space-time"')
     if logqp:
-        drift, diffusion = _with_ratio(drift, diffusion, prior, noise_type)
+        drift, diffusion = with_ratio(drift, diffusion, prior, noise_type)
         y0 = torch.cat((y0, y0.new_zeros(len(y0), 1)), 1)
     if noise_type == "scalar":
         whole = diffusion
@@ -352,45 +352,6 @@ def _scheme(method: str, sde_type: str, options: Mapping[str, Any] | None) -> Sc
     return Milstein(derivatives=False) if (options or {}).get("grad_free") else SCHEMES[method]
 
 
-def _functions(sde: Any, names: Mapping[str, str]) -> tuple[Any, Any, Any]:
-    """Drift, diffusion and prior drift."""
-    for name in ("noise_type", "sde_type"):
-        if not hasattr(sde, name):
-            raise ValueError(f"the sde has no attribute {name}")
-    _kinds(sde.noise_type, sde.sde_type)
-    f, g = (getattr(sde, names.get(role, plain), None) for role, plain in (("drift", "f"), ("diffusion", "g")))
-    both = getattr(sde, names.get("drift_and_diffusion", "f_and_g"), None)
-    if both is not None:
-        f = f or (lambda t, y: both(t, y)[0])
-        g = g or (lambda t, y: both(t, y)[1])
-    if f is None or g is None:
-        missing = "f" if f is None else "g"
-        raise NotImplementedError(f"the sde has no {missing} and no f_and_g, without which {BRIDGE}")
-    return f, g, getattr(sde, names.get("prior_drift", "h"), None)
-
-
-def _with_ratio(f: Any, g: Any, h: Any, noise_type: str) -> tuple[Any, Any]:
-    """Drift and diffusion of (y, ∫ ½ |g⁻¹ (f − h)|² dt)."""
-    if h is None:
-        raise AttributeError("logqp=True needs the prior drift, h(t, y), beside f and g")
-
-    def drift(t: Tensor, y: Tensor) -> Tensor:
-        y = y[:, :-1]
-        along, across = f(t, y), g(t, y)
-        if noise_type == "diagonal":
-            least = across.new_tensor(1e-7)
-            u = (along - h(t, y)) / torch.where(across.abs() > least, across, least.copysign(across))
-        else:
-            u = (across.pinverse() @ (along - h(t, y)).unsqueeze(-1)).squeeze(-1)
-        return torch.cat((along, 0.5 * u.square().sum(1, keepdim=True)), 1)
-
-    def diffusion(t: Tensor, y: Tensor) -> Tensor:
-        across = g(t, y[:, :-1])
-        return torch.cat((across, torch.zeros_like(across[:, :1])), 1)
-
-    return drift, diffusion
-
-
 @dataclass(frozen=True)
 class _Given(Motion):
     """A motion that a function of (ta, tb) gives, with return_U where its integral is wanted.
@@ -418,13 +379,6 @@ class _Given(Motion):
         """See `flowsolve.sde.motion.Motion`."""
         for a, b in pairwise(nodes):
             yield self.part(a, b, b, like, area)
-
-
-def _kinds(noise_type: str, sde_type: str) -> None:
-    if noise_type not in NOISE_TYPES:
-        raise ValueError(f"noise_type = {noise_type!r}; expected one of {', '.join(NOISE_TYPES)}")
-    if sde_type not in SDE_TYPES:
-        raise ValueError(f"sde_type = {sde_type!r}; expected one of {', '.join(SDE_TYPES)}")
 
 
 def _lacking(**options: Any) -> None:

@@ -17,7 +17,7 @@ has the flow's marginals for every D ≥ 0 (Fokker and Planck's equation: D s p 
 | `"decreasing"` | ¼ (c cos πt + 1)² | |
 | `"increasing-decreasing"` | c sin² πt | |
 
-c is `scale`; the forms are SiT's (Ma et al. 2024), named as there.
+c is `scale`; the forms are SiT's (Ma et al. 2024), whose own spelling of their names is understood.
 
 **Temperature** scales the variance of the noise, $\sqrt{2 D T}\,dW$, and leaves the drift: T < 1 gives up the marginals
 for samples nearer to modes, the more so the larger D is (as it grows, those of $p_t^{1/T}$: Langevin dynamics).
@@ -82,6 +82,8 @@ class FlowSDE:
     cond: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if isinstance(self.diffusion, str):  # SiT writes "SBDM" and "inccreasing-decreasing"
+            object.__setattr__(self, "diffusion", self.diffusion.lower().replace("cc", "c"))
         if isinstance(self.diffusion, str) and self.diffusion not in NAMES:
             raise ValueError(f"diffusion = {self.diffusion!r}; expected eta, or one of {', '.join(NAMES)}")
         if not isinstance(self.diffusion, str) and not callable(self.diffusion):

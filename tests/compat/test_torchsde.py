@@ -233,9 +233,33 @@ def test_names_and_joint_functions() -> None:
         def f_and_g(self, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             return -y, 0.1 * y
 
+    class Products:
+        noise_type, sde_type = "diagonal", "ito"
+
+        def f_and_g_prod(self, t: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            return -y, 0.1 * y * v
+
     bm = motion("diagonal")
     a = sdeint(Other(), Y0, TS, bm=bm, dt=0.25, names={"drift": "drift", "diffusion": "spread"})
     assert torch.equal(a, sdeint(Joint(), Y0, TS, bm=bm, dt=0.25))
+    assert torch.equal(a, sdeint(Products(), Y0, TS, bm=bm, dt=0.25))
+    with pytest.raises(ValueError, match="give bm="):
+        sdeint(Products(), Y0, TS, dt=0.25)
+
+
+def test_products_with_general_noise() -> None:
+    whole = Model("general", "stratonovich")
+
+    class Products:
+        noise_type, sde_type, f = "general", "stratonovich", whole.f
+
+        def g_prod(self, t: Tensor, y: Tensor, v: Tensor) -> Tensor:
+            return (whole.g(t, y) @ v.unsqueeze(-1)).squeeze(-1)
+
+    bm = motion("general")
+    torch.testing.assert_close(
+        sdeint(Products(), Y0, TS, bm=bm, dt=0.1), sdeint(whole, Y0, TS, bm=bm, dt=0.1), rtol=0, atol=1e-14
+    )
 
 
 @pytest.mark.parametrize(
@@ -268,7 +292,7 @@ def test_errors_of_other_kinds() -> None:
         sdeint(Model("diagonal", "ito"), Y0, TS, bm=motion("diagonal", "none"), method="srk", dt=0.25)
     with pytest.raises(ValueError, match=r"flowsolve\.solve_sde"):
         sdeint(Model("diagonal", "ito"), Y0, TS, method="heun", dt=0.25)
-    with pytest.raises(NotImplementedError, match="no g and no f_and_g"):
+    with pytest.raises(ValueError, match="the sde has no g"):
         sdeint(type("S", (), {"noise_type": "diagonal", "sde_type": "ito", "f": lambda s, t, y: y})(), Y0, TS)
     with pytest.raises(ValueError, match="no attribute noise_type"):
         sdeint(object(), Y0, TS)

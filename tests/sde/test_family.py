@@ -120,6 +120,12 @@ def test_eta_zero_is_the_ode() -> None:
     torch.testing.assert_close(ours, ode, rtol=1e-12, atol=1e-12)
 
 
+def test_names_as_sit_writes_them() -> None:
+    flow = GaussianMixture([[0.0]], std=1.0).flow(CondOT())
+    assert FlowSDE(flow, "SBDM") == FlowSDE(flow, "sbdm")
+    assert FlowSDE(flow, "inccreasing-decreasing").diffusion == "increasing-decreasing"
+
+
 @pytest.mark.parametrize(
     ("call", "match"),
     [
