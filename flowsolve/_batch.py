@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 MARK = "_per_sample"  # the keyword under which a batch's conditioning says which of its leaves have a row a sample
+WIDE = {torch.float32: torch.float32, torch.float64: torch.float64}  # what need not be looked up each time
 TINY = 2.2250738585072014e-308  # the smallest normal float64; log-SNRs saturate at ±log(TINY) = ±708.4
 
 
@@ -80,7 +82,7 @@ def rows(x: Tensor) -> Tensor:
 
 def state_dtype(x: Tensor) -> torch.dtype:
     """The dtype a state is integrated in: its own, but float32 at least."""
-    return torch.promote_types(x.dtype, torch.float32)
+    return WIDE.get(x.dtype) or torch.promote_types(x.dtype, torch.float32)
 
 
 def take(x: Tensor, index: NDArray[np.int64]) -> Tensor:
@@ -142,6 +144,17 @@ class Context:
         Raises:
             ValueError: what they share among themselves is not the same in both.
         """
+        return self._combined(other, lambda a, b: torch.cat((a, b)))
+
+    def placed(self, index: NDArray[np.int64], other: Context) -> Context:
+        """This context with some samples, by position, replaced by the other's; errors as for `joined`."""
+
+        def put(a: Tensor, b: Tensor) -> Tensor:
+            return a.index_copy(0, send(torch.from_numpy(index), a), b.to(a.device))
+
+        return self._combined(other, put)
+
+    def _combined(self, other: Context, combine: Callable[[Tensor, Tensor], Tensor]) -> Context:
         if self._spec != other._spec or self._own != other._own:
             raise ValueError(
                 "two batches that follow each other have other keyword arguments for the network, or rows a sample in "
@@ -154,7 +167,7 @@ class Context:
                     f"two batches that follow each other share different values among their samples ({_said(a)} and "
                     f"{_said(b)}), and the network is to see samples of both at once; give a tensor with a row a sample"
                 )
-            made.append(torch.cat((a, b)) if own else a)
+            made.append(combine(a, b) if own else a)
         return self._with(made)
 
     def _with(self, leaves: list[Any]) -> Context:

@@ -8,8 +8,8 @@ for several steps. Two habits of networks break that without a word:
 * returning one buffer each time (`out=`, a CUDA graph, an exported program, an array of another library), so that the
   second slope of a Runge–Kutta step is the first one too.
 
-Both are noticed and provided for. The first calls with a shape (`LEARNING`) are made with copies, and their outputs
-copied before they are handed on:
+Both are noticed and provided for. The first calls with samples of a shape (`LEARNING`) are made with copies, and their
+outputs copied before they are handed on; what is learnt of a function serves later solves too:
 
 * torch counts the writes to a tensor, its views included (`Tensor._version`; inference tensors have no counter, and are
   compared by value). If the copies were written to, the network is given copies from then on.
@@ -30,7 +30,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
-from weakref import ref
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ from flowsolve._parameters import modules_of
 __all__ = ["Guard", "Outputs"]
 
 LEARNING = 4
-"""Calls with a shape that are made with copies: one buffer, or up to three in turn, are noticed."""
+"""Calls with samples of a shape that are made with copies: one buffer, or up to three in turn, are noticed."""
 
 
 class Outputs:
@@ -56,7 +56,7 @@ class Outputs:
     def __init__(self, what: str) -> None:
         self.what = what
         self._buffered = False
-        self._seen: dict[Any, list[tuple[int, StorageWeakRef]]] = {}
+        self._seen: dict[Any, list[tuple[int, StorageWeakRef]]] = {}  # by the shape of a sample
         self._held: Tensor | None = None
         self._trusted: torch.Size | None = None
         self._last: tuple[int, Any, int] = (0, None, 0)
@@ -78,7 +78,7 @@ class Outputs:
             return output.clone()
         try:
             place = output.data_ptr()
-            if output.shape != self._trusted and len(self._seen.get((output.shape, output.dtype), ())) < LEARNING:
+            if output.shape != self._trusted and self._new(output):
                 return self._learnt(output, given)
         except (RuntimeError, NotImplementedError):  # a tensor of torch.func or torch.compile, which has no memory
             return output
@@ -95,16 +95,44 @@ class Outputs:
         self._last = place, ref(output), _version(output)
         return output
 
+    def _new(self, output: Tensor) -> bool:
+        """Whether it is one of the first outputs for samples of its shape."""
+        return len(self._seen.get((output.shape[1:], output.dtype), ())) < LEARNING
+
     def _learnt(self, output: Tensor, given: Any) -> Tensor:
         """A copy of one of the first outputs of its shape, which is compared with the others."""
         storage = output.untyped_storage()
-        place, seen = storage.data_ptr(), self._seen.setdefault((output.shape, output.dtype), [])
+        place, seen = storage.data_ptr(), self._seen.setdefault((output.shape[1:], output.dtype), [])
         if place and not _among(output, given):
             self._buffered = any(place == p and not s.expired() for p, s in seen)
         seen.append((place, StorageWeakRef(storage)))
         # What another library lends is freed with the tensor, and would look new the next time: hold it that long.
         self._held = None if self._buffered or len(seen) == LEARNING else output.detach()
         return output.clone()
+
+
+class _Habits:
+    """What is known of a function.
+
+    Attributes:
+        writes: whether it writes into what it is given.
+        calls: how often it was called with samples of a shape.
+        outputs: what is known of its outputs.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.writes, self.calls, self.outputs = False, dict[Any, int](), Outputs(what)
+
+
+_known: WeakKeyDictionary[Any, _Habits] = WeakKeyDictionary()
+
+
+def _habits_of(f: Any, what: str) -> _Habits:
+    """What is known of a function from earlier solves; nothing of one that has no weak reference, or no hash."""
+    try:
+        return _known.setdefault(f, _Habits(what))
+    except TypeError:
+        return _Habits(what)
 
 
 class Guard:
@@ -121,10 +149,9 @@ class Guard:
     def __init__(self, f: Callable[..., Any], what: str) -> None:
         self.f, self.what = f, what
         self.armed = False
-        self._writes = False
-        self._calls: dict[Any, int] = {}
+        self._habits = _habits_of(f, what)
+        self._outputs = self._habits.outputs
         self._trusted: torch.Size | None = None  # the shape of calls that are made without copies
-        self._outputs = Outputs(what)
 
     def __reduce__(self) -> Any:
         return type(self), (self.f, self.what)
@@ -148,7 +175,7 @@ class Guard:
             output = self.f(a, b)
             after = a._version + b._version
         if after != before:
-            self._writes, self._trusted = True, None
+            self._habits.writes, self._trusted = True, None
             raise RuntimeError(
                 f"{self.what} wrote into the tensors it was given, which the solver needs again; have it work on a "
                 "copy, for example lambda x, *args, **cond: net(x.clone(), *args, **cond)"
@@ -157,13 +184,15 @@ class Guard:
 
     def _watched(self, a: Tensor, b: Tensor, cond: dict[str, Any]) -> Any:
         """What f returns, made with copies while it is not known that it needs none."""
-        calls = self._calls.get(a.shape, 0)
-        self._calls[a.shape] = calls + 1
-        if self.armed or calls < LEARNING or self._writes:
+        sample = a.shape[1:]
+        habits = self._habits
+        calls = habits.calls.get(sample, 0)
+        habits.calls[sample] = calls + 1
+        if self.armed or calls < LEARNING or habits.writes:
             output = self.function(lambda: self._copying(a, b, cond), a.device)
         else:
             output = self.f(a, b, **cond)
-        if calls >= LEARNING and not self._writes:
+        if calls >= LEARNING and not habits.writes:
             self._trusted = a.shape
         return self._outputs.own(output, a, b, cond) if isinstance(output, Tensor) else output
 
@@ -193,16 +222,17 @@ class Guard:
 
     def _copying(self, a: Tensor, b: Tensor, cond: Mapping[str, Any]) -> Any:
         """What f returns for copies, and whether it wrote into them."""
-        more = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, dict(cond)) if cond else {}
-        copies = a.clone(), b.clone(), more
-        before = _writes(copies)
-        output = self.f(copies[0], copies[1], **copies[2])
-        if not self._writes:
-            counted = _writes(copies) != before
-            self._writes = counted or any(
-                v.is_inference() and not torch.equal(v, w)
-                for v, w in zip(_tensors(copies), _tensors((a, b, dict(cond))), strict=True)
-            )
+        mine, time, given = a.clone(), b.clone(), dict(cond)
+        if given:
+            given = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, given)
+        before = _version(mine) + _version(time) + _writes(given)
+        output = self.f(mine, time, **given)
+        habits = self._habits
+        if not habits.writes:
+            habits.writes = _version(mine) + _version(time) + _writes(given) != before
+            if torch.is_inference_mode_enabled() or a.is_inference():  # whose tensors count no writes
+                pairs = zip(_tensors((mine, time, given)), _tensors((a, b, dict(cond))), strict=True)
+                habits.writes = habits.writes or any(v.is_inference() and not torch.equal(v, w) for v, w in pairs)
         return output
 
 

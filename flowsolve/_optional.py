@@ -15,6 +15,7 @@ EXTRAS = {
     "runs": "data sets, images and reports of long runs (with cli)",
     "train": "the bundled digits and `flowsolve train` (with cli, diffusers)",
     "bridges": "torchdiffeq and torchsde as solvers",
+    "ot": "couplings of minibatch optimal transport",
     "bench": "`flowsolve demo` and the benchmarks (with train, bridges)",
 }
 """The extras of the package, but for those of its own development, and what each is for."""

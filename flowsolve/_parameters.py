@@ -57,9 +57,14 @@ def modules_of(f: Any, depth: int = 3) -> list[nn.Module]:
         for cell in f.__closure__ or ():
             with suppress(ValueError):  # not yet assigned
                 inner.append(cell.cell_contents)
-        named = {i.argval for i in dis.get_instructions(f.__code__) if i.opname == "LOAD_GLOBAL"}
-        inner += [v for name in named if isinstance(v := f.__globals__.get(name), nn.Module)]
+        inner += [v for name in _globals(f.__code__) if isinstance(v := f.__globals__.get(name), nn.Module)]
     return [m for v in inner if v is not None for m in modules_of(v, depth - 1)]
+
+
+@functools.lru_cache(256)
+def _globals(code: types.CodeType) -> frozenset[str]:
+    """The global names that a piece of code reads."""
+    return frozenset(i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL")
 
 
 def leaves(results: Iterable[Tensor], inner: AbstractSet[Any] = frozenset()) -> list[Tensor]:

@@ -54,6 +54,7 @@ def sample(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
     progress: bool = False,
+    capture: bool | str = False,
 ) -> Iterator[Solution]:
     """Sample a flow from noise, in pieces of `batch` samples.
 
@@ -75,7 +76,7 @@ def sample(
     method, grid = auto.resolve(solver, grid, flow.path, at_least(nfe, flow))
     passage = Passage(
         flow, (0.0, interval_end), solver=method, nfe=nfe, grid=grid, chart=chart, final=final, seed=whole.seed,
-        noise=type(whole),
+        noise=type(whole), capture=capture,
     )  # fmt: skip
     place, given = device or device_of(flow.net), common(cond, (total, batch))
 
@@ -151,6 +152,7 @@ def log_prob(
     cond: Mapping[str, Any] | None = None,
     progress: bool = False,
     total: int | None = None,
+    capture: bool = False,
 ) -> Iterator[LogProb]:
     """The log-density that a flow gives to samples, in nats.
 
@@ -168,7 +170,7 @@ def log_prob(
     check_flow(flow, cond)
     job = reading(
         flow, falling(flow, interval), solver=solver, trace=trace, probes=probes, seed=seed, nfe=nfe,
-        grid=grid, chart=chart, prior=prior, repeats=repeats, tolerance=tolerance, verify=verify,
+        grid=grid, chart=chart, prior=prior, repeats=repeats, tolerance=tolerance, verify=verify, capture=capture,
     )  # fmt: skip
     given = common(cond, (total, batch))
     return _quiet(stream(job, numbered(source, given), batch, progress=progress, total=total))

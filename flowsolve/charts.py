@@ -88,11 +88,11 @@ class Straight(Chart):
     def row(self, point: Point, s: Any) -> tuple[Any, Any]:
         return 1.0, -1.0
 
+    def time(self, path: Path, s: Any) -> Any:
+        return path.time_of_share(s)
+
     def _clock(self, point: Point, m: Any) -> Any:
         return point.alpha / (point.alpha + point.sigma)
-
-    def _log_snr(self, s: Any, m: Any) -> Any:
-        return saturating_log(s) - saturating_log(1.0 - s)
 
 
 class Data(Chart):

@@ -25,7 +25,7 @@ from torch.utils._pytree import SequenceKey, keystr, tree_flatten_with_path, tre
 
 from flowsolve._batch import Whose, take
 
-__all__ = ["arguments", "common", "per_sample", "plain", "rows_of", "settled", "shared"]
+__all__ = ["arguments", "common", "marked", "per_sample", "plain", "rows_of", "settled", "shared"]
 
 OWN = ("x", "t", "clock")
 """Keywords that `Flow.call` has for itself."""
@@ -142,12 +142,17 @@ def arguments(cond: Any, more: Mapping[str, Any], count: int) -> dict[str, Any]:
     Raises:
         TypeError: one that is given twice.
     """
+    found: dict[str, Any] = plain(marked(cond, more, count))
+    return found
+
+
+def marked(cond: Any, more: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The same, every tensor marked with whose it is."""
     if cond is not None and not isinstance(cond, Mapping):  # the network's own keyword of that name
         cond, more = None, {"cond": cond, **more}
     if twice := set(cond or {}) & set(more):
         raise TypeError(f"{min(twice)!r} is given in cond= and beside it; give it once")
-    found: dict[str, Any] = plain(settled({**(cond or {}), **more}, count))
-    return found
+    return settled({**(cond or {}), **more}, count)
 
 
 def _each(cond: Mapping[str, Any] | None, change: Callable[[str, Any], Any]) -> dict[str, Any]:

@@ -18,12 +18,13 @@ from collections.abc import Callable, Container, Generator, Iterator, Mapping, S
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from flowsolve._optional import require
-from flowsolve._surroundings import plain
+from flowsolve._surroundings import array
 from flowsolve.kernels import largest
 from flowsolve.solution import Solution
 from flowsolve.solvers.adaptive import Status
@@ -164,16 +165,20 @@ def settle(
         calls: evaluations made.
         steps: steps made.
     """
+    # In numpy, which starts no threads: on a machine with many cores they cost more than all of this.
     count = len(x)
-    whole = torch.zeros(count, dtype=torch.int64)
-    t, status = torch.full((count,), start, dtype=torch.float64), whole + Status.SUCCESS
+    t, status = np.full(count, start if magnitudes is None else checked[-1]), np.full(count, int(Status.SUCCESS))
     if magnitudes is not None:
-        bad = ~torch.isfinite(plain(magnitudes)).cpu()
-        ends = torch.tensor(checked, dtype=torch.float64)
-        failed = bad.any(0)
-        t = torch.where(failed, ends[bad.int().argmax(0)], ends[-1])
-        status = torch.where(failed, int(Status.NONFINITE), status)
-    return Solution(x, whole + calls, status, whole + steps, whole, t)
+        bad = ~np.isfinite(array(magnitudes))
+        if bad.any():
+            failed = bad.any(0)
+            t[failed] = np.asarray(checked)[bad.argmax(0)[failed]]
+            status[failed] = int(Status.NONFINITE)
+    nfe, accepted, rejected, ended, reached = (
+        torch.from_numpy(v)
+        for v in (np.full(count, calls), np.full(count, steps), np.zeros(count, dtype=np.int64), status, t)
+    )
+    return Solution(x, nfe, ended, accepted, rejected, reached)
 
 
 @contextmanager

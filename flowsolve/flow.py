@@ -14,7 +14,9 @@ reaches it in float32 at least (bfloat16 cannot tell step 750 from 752).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -24,13 +26,17 @@ from torch.compiler import is_compiling
 
 from flowsolve._batch import MARK, send, state_dtype
 from flowsolve._guard import Guard
+from flowsolve._surroundings import within
 from flowsolve.checks import CheckReport, check
 from flowsolve.conditioning import plain
 from flowsolve.paths import Path, Point
 from flowsolve.predictions import Estimate, Prediction, SingularEstimate, resolve
 from flowsolve.transforms import Latent, Range, Transform
 
-__all__ = ["Flow", "network_time"]
+__all__ = ["Flow", "clock_of", "clocked", "network_time", "tabled"]
+
+TABLE = 1 << 22  # the most numbers that a table of times may have
+_table: ContextVar[Mapping[float, Tensor] | None] = ContextVar("times", default=None)
 
 
 class Flow:
@@ -97,6 +103,7 @@ class Flow:
         if nfe_per_call < 1:
             raise ValueError(f"nfe_per_call = {nfe_per_call!r}; expected at least 1")
         self._dtype = dtype
+        self._first: tuple[Any, Any] | None = None  # the network and its first float parameter
         self.transform = transform or Range()
         if data_range is not None:
             self.data_range = data_range
@@ -134,7 +141,7 @@ class Flow:
     def arm(self, armed: bool = True) -> None:
         """A solve begins (or none does): the next call must find that the network is a function of its arguments."""
         if not is_compiling():
-            self.guard.armed = armed
+            self.guard.armed, self._first = armed, None
 
     @property
     def caveats(self) -> tuple[str, ...]:
@@ -153,7 +160,10 @@ class Flow:
         """The floating dtype the network is fed; None feeds it that of x."""
         if self._dtype is not None or not isinstance(self.net, nn.Module):
             return self._dtype
-        return next((p.dtype for p in self.net.parameters() if p.dtype.is_floating_point), None)
+        if self._first is None or self._first[0] is not self.net:
+            first = next((p for p in self.net.parameters() if p.dtype.is_floating_point), None)
+            self._first = self.net, first
+        return None if self._first[1] is None else self._first[1].dtype
 
     @property
     def data_range(self) -> tuple[float, float]:
@@ -191,13 +201,18 @@ class Flow:
 
     def call(self, x: Tensor, t: float | Tensor, *, clock: Callable[[Any], Any] | None = None, **cond: Any) -> Tensor:
         """The network's output at (x, t), in x's dtype (float32 at least), with t read by the flow's clock."""
-        if not x.is_floating_point():
-            raise TypeError(f"x has dtype {x.dtype}; expected floating-point numbers (scaled, dequantised data)")
-        fed = x.to(self.dtype or x.dtype)
-        cond.pop(MARK, None)
+        return self.output(x, (clock or self.clock)(t), cond)
+
+    def output(self, x: Tensor, native: Any, cond: dict[str, Any]) -> Tensor:
+        """The network's output at x and its own time, a float or of shape (B,), in x's dtype (float32 at least)."""
+        own = x.dtype
+        if not own.is_floating_point:
+            raise TypeError(f"x has dtype {own}; expected floating-point numbers (scaled, dequantised data)")
+        feed = self.dtype or own
+        fed = x if feed is own else x.to(feed)
         if cond:
-            cond = plain(cond)
-        time = network_time((clock or self.clock)(t), fed)
+            cond = plain({k: v for k, v in cond.items() if k != MARK})
+        time = network_time(native, fed)
         output = self.net(fed, time, **cond) if is_compiling() else self.guard(fed, time, cond)
         if not isinstance(output, Tensor):
             raise TypeError(
@@ -219,17 +234,25 @@ class Flow:
                 f"the network returned shape {tuple(output.shape)} for x of shape {tuple(x.shape)}; "
                 f"expected the same shape{hint}"
             )
-        return output.to(state_dtype(x))
+        wide = state_dtype(x)
+        return output if output.dtype is wide else output.to(wide)
 
     def read(self, x: Tensor, output: Tensor, point: Point) -> Estimate:
         """The estimate that an output already at hand stands for."""
-        return Estimate(x.to(output.dtype), output, point, self.prediction.row(point))
+        state = x if x.dtype is output.dtype else x.to(output.dtype)
+        return Estimate(state, output, point, self.prediction.row(point))
 
     def _point(self, x: Tensor, t: float | Tensor) -> Point:
         if isinstance(t, Tensor) and t.ndim == 0:
             t = float(t)
-        if isinstance(t, Tensor) and t.shape != x.shape[:1]:
+        if not isinstance(t, Tensor):
+            single: Point = self.path.remembered((self.prediction, t), lambda: self._regular(t))
+            return single
+        if t.shape != x.shape[:1]:
             raise ValueError(f"t has shape {tuple(t.shape)}; expected a float or one time a sample, ({x.shape[0]},)")
+        return self._regular(t)
+
+    def _regular(self, t: float | Tensor) -> Point:
         point = self.path.at(t)
         if (not isinstance(t, Tensor) or t.device.type == "cpu") and self.prediction.singular(point):
             raise SingularEstimate(_singular_message(self, "t", t))
@@ -276,7 +299,45 @@ def network_time(native: Any, x: Tensor) -> Tensor:
     when = state_dtype(x)
     if isinstance(native, Tensor) and native.ndim:
         return send(native, x, when)
+    table = _table.get()
+    if table is not None:
+        row = table.get(native)
+        if row is not None and row.shape[0] == x.shape[0] and row.dtype is when and row.device == x.device:
+            return row
     return torch.full((x.shape[0],), float(native), device=x.device, dtype=when)
+
+
+@contextmanager
+def clocked(flow: Flow, times: Sequence[float], x: Tensor) -> Iterator[None]:
+    """A block in which the network's times for a batch like x are rows of one table, sent to its device at once.
+
+    Args:
+        flow: whose clock.
+        times: flow times that the block will ask about; of others, times are made one by one.
+        x: shape (B, *S).
+    """
+    if not 1 < len(times) * len(x) <= TABLE or within() is not None:
+        yield
+        return
+    natives = clock_of(flow, times)
+    with tabled(natives, send(torch.tensor(natives, dtype=torch.float64), x, state_dtype(x)), x):
+        yield
+
+
+def clock_of(flow: Flow, times: Sequence[float]) -> list[float]:
+    """The network's times at some flow times, each once."""
+    return list(dict.fromkeys(float(flow.clock(t)) for t in times))
+
+
+@contextmanager
+def tabled(natives: Sequence[float], column: Tensor, x: Tensor) -> Iterator[None]:
+    """A block in which the network's times for a batch like x are rows made of a column of them on its device."""
+    rows = column.to(state_dtype(x)).unsqueeze(1).expand(-1, len(x)).contiguous().unbind()
+    token = _table.set(dict(zip(natives, rows, strict=True)))
+    try:
+        yield
+    finally:
+        _table.reset(token)
 
 
 def _singular_message(flow: Flow, what: str, t: float | Tensor) -> str:

@@ -55,7 +55,7 @@ def sample(
     throw: bool = True,
     grad: bool | None = None,
     gradient: str = "direct",
-    capture: bool = False,
+    capture: bool | str = False,
     t_eval: Sequence[float] | None = None,
     callback: Callback | None = None,
     resume: Snapshot | None = None,
@@ -94,8 +94,9 @@ def sample(
         throw: raise if any sample fails; otherwise its status says so.
         grad: record gradients; by default only if `start` requires them.
         gradient: how: "direct", "checkpoint" (memory of O(√steps)) or "adjoint"; see `flowsolve.gradients`.
-        capture: on CUDA and a fixed grid: record the solve as a CUDA graph the first time, replay it from then on
-            (`flowsolve.capture`).
+        capture: on CUDA, without gradients: record the solve as a CUDA graph the first time, or each attempt of an
+            adaptive one, and replay it from then on (`flowsolve.capture`). "auto" records where it can and only once
+            the same solve was made four times, compares the first replay with the solve, and warns where they differ.
         t_eval: flow times at which to keep the state, as `trajectory`: nodes of a fixed grid, or any times with an
             adaptive solver.
         callback: on a fixed grid: is shown a `flowsolve.Snapshot` after every step.
@@ -220,7 +221,7 @@ def integrate(
     throw: bool = True,
     grad: bool | None = None,
     gradient: str = "direct",
-    capture: bool = False,
+    capture: bool | str = False,
     t_eval: Sequence[float] | None = None,
     callback: Callback | None = None,
     resume: Snapshot | None = None,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from hashlib import blake2b
 from itertools import pairwise
 from typing import Any
@@ -11,23 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowsolve import charts, grids
+from flowsolve import attempts, charts, grids
 from flowsolve._arguments import check_gradient, check_grid, check_solver, state
 from flowsolve._batch import Context, choose, rows
 from flowsolve._surroundings import plain
-from flowsolve.capture import captured, require_cuda
+from flowsolve.capture import agrees, captured, hopeless, pays, prove, proven, refuse_foreign, require_cuda
 from flowsolve.charts import Chart
 from flowsolve.drivers import Ask, march, stepped
-from flowsolve.flow import Flow
+from flowsolve.estimating import Estimator
+from flowsolve.flow import Flow, clocked
 from flowsolve.grids import Closing, Final
 from flowsolve.noise import Noise
 from flowsolve.ode import trajectory
 from flowsolve.paths import Path
 from flowsolve.planning import allowance, given, laid, unit, varies, within
-from flowsolve.pursuit import Metered
+from flowsolve.pursuit import Arrivals, Finished, Metered, collect, pursue, resident
 from flowsolve.snapshot import Callback, Snapshot
 from flowsolve.solution import Solution
-from flowsolve.solvers.adaptive import Status
+from flowsolve.solvers.adaptive import Adaptive, Status
 from flowsolve.solvers.base import (
     Foreign,
     ForeignSDE,
@@ -38,25 +40,11 @@ from flowsolve.solvers.base import (
     Stepper,
     inverse,
     scaled,
-    slope_in,
 )
+from flowsolve.solvers.runge_kutta import RungeKutta
 from flowsolve.streaming import Chunk
 
-__all__ = ["Passage", "estimator"]
-
-
-def estimator(flow: Flow) -> Ask:
-    """The function that answers a query for the estimate at (x, t), by one call of the network."""
-    counted = varies(flow)
-
-    def answer(query: Query, context: Any) -> Any:
-        if counted:
-            query.cost = flow.cost(query.t)
-        if query.point is None:
-            return flow.estimate(query.x, query.t, **context["cond"])
-        return flow.read(query.x, flow.call(query.x, query.t, **context["cond"]), query.point)
-
-    return answer
+__all__ = ["Passage"]
 
 
 def to_the_end(path: Path, end: float) -> Closing:
@@ -90,7 +78,7 @@ class Passage:
         seed: int = 0,
         noise: type[Noise] = Noise,
         gradient: str = "direct",
-        capture: bool = False,
+        capture: bool | str = False,
         final: str | Final = "path",
         t_eval: Sequence[float] | None = None,
         callback: Callback | None = None,
@@ -99,9 +87,8 @@ class Passage:
         check_solver(solver)
         check_gradient(gradient, solver)
         self.flow, self.solver, self.seed, self.noise, self.gradient = flow, solver, seed, noise, gradient
-        self.capture = capture
         self.chart = None if chart is None else charts.resolve(chart)
-        self.estimate: Any = estimator(flow)
+        self.estimate: Any = Estimator(flow)
         path, (start, end) = flow.path, interval
         if isinstance(solver, Foreign | ForeignSDE) and varies(flow) and nfe is not None:
             raise ValueError(
@@ -137,16 +124,7 @@ class Passage:
                 flow.require(last, "the final step")
         self.start, self.last, self.closing = start, last, closing
         self.charted = isinstance(solver, SlopeSolver) and (solver.chooses_steps or gradient == "adjoint")
-        if capture and (solver.chooses_steps or gradient != "direct"):
-            raise TypeError(
-                f"capture=True records a solve on a fixed grid without gradients, not {solver!r} with "
-                f"gradient={gradient!r}; give a solver with adaptive=False or without control of its steps, and nfe=…"
-            )
-        if (callback or resume) and (capture or self.charted or solver.chooses_steps):
-            raise TypeError(
-                f"callback= and resume= go with a fixed grid, not with {solver!r}, gradient={gradient!r} and "
-                f"capture={capture}; for an adaptive solver, solve in pieces: interval=(0, t), then start= the state"
-            )
+        self.capture, self.auto = self._captures(capture, bool(t_eval is not None or callback or resume))
         self.callback, self.resume = callback, resume
         if resume is not None and (resume.plan != self.name or not 0 <= resume.step <= len(self.grid)):
             raise ValueError(
@@ -178,14 +156,81 @@ class Passage:
     def ode(self) -> tuple[float, float, Ask, int | Metered | None]:
         """The flow as an ODE in the chart: start, end, right-hand side and budget."""
         path, ruler = self.flow.path, self.ruler
-        ask = slope_in(ruler, path, self.estimate)
-        return ruler.clock(path, self.start), ruler.clock(path, self.last), ask, self.budget
+        return ruler.clock(path, self.start), ruler.clock(path, self.last), self.estimate.slopes(ruler), self.budget
+
+    def _captures(self, capture: bool | str, watched: bool) -> tuple[bool, bool]:
+        """Whether the solve is to be recorded, and whether it may be where that pays.
+
+        Raises:
+            TypeError: it is to be recorded, and cannot be.
+        """
+        if capture not in (True, False, "auto"):
+            raise ValueError(f"capture = {capture!r}; expected True, False or 'auto'")
+        if not capture:
+            return False, False
+        try:
+            refuse_foreign(self.solver, self.gradient)
+            if watched:
+                raise TypeError("capture=True goes with neither t_eval=, callback= nor resume=; drop one of them")
+            if self.solver.chooses_steps and varies(self.flow):
+                raise TypeError(
+                    "capture=True with an adaptive solver needs estimates that cost the same at all times, and those "
+                    f"of {self.flow!r} do not; give a solver on a fixed grid"
+                )
+        except TypeError:
+            if capture is True:
+                raise
+            return False, False
+        return capture is True, capture == "auto"
+
+    def pursuer(self, arrivals: Arrivals, **options: Any) -> Iterator[Finished]:
+        """The adaptive solve of samples that come and go, recorded or not."""
+        start, end, ask, budget = self.ode()
+        assert isinstance(self.solver, Adaptive)
+        if not self.capture:
+            return pursue(self.solver, arrivals, start, end, ask, budget=budget, **options)
+        assert not isinstance(budget, Metered)
+        key = self.key(), self.ruler
+        return attempts.pursue(self.flow, key, self.solver, arrivals, start, end, ask, budget=budget, **options)
 
     def run(self, y: Tensor, context: Context, progress: bool) -> Solution:
         """The solve of a whole batch."""
+        if self.auto:
+            self.capture = False
+            if y.is_cuda and not torch.is_grad_enabled() and pays(self.flow, self.key(), y):
+                return self._tried(y, context, progress)
+        return self._run(y, context, progress)
+
+    def _tried(self, y: Tensor, context: Context, progress: bool) -> Solution:
+        """The solve, recorded if that can be done; a new recording must agree with the eager solve."""
+        eager = None if proven(self.flow, self.key(), y) else self._run(y, context, progress)
+        self.capture = True
+        try:
+            found = self._run(y, context, progress)
+        except RuntimeError as error:
+            self.capture = False
+            hopeless(self.flow, self.key(), y, str(error))
+            return self._run(y, context, progress) if eager is None else eager
+        if eager is not None:
+            ended = self.leave(found, context).x
+            self.capture = False
+            close = agrees(ended, self.leave(eager, context).x)
+            self.capture = close
+            if not close:
+                hopeless(self.flow, self.key(), y, "a replay gave other states than the solve that it recorded")
+                return eager
+            prove(self.flow, self.key(), y)
+        return found
+
+    def _run(self, y: Tensor, context: Context, progress: bool) -> Solution:
+        if self.capture:
+            require_cuda(y)
         path = self.flow.path
         mode = self.gradient if torch.is_grad_enabled() else "direct"
         if self.charted:
+            if self.capture:
+                parts = list(self.pursuer(resident(y, context), width=len(y), progress=progress, total=len(y)))
+                return collect(parts, y, 0)[1]
             start, end, ask, budget = self.ode()
             clock = None
             if not self.solver.chooses_steps:
@@ -210,7 +255,6 @@ class Passage:
             zero = torch.zeros_like(nfe)
             return Solution(x, nfe, status, zero, zero, torch.full_like(nfe, self.last, dtype=torch.float64))
         if self.capture:
-            require_cuda(y)
             return captured(self, y, context.tree["cond"], context.tree["samples"])
         begin, made, spent = State(y, noise), 0, 0
         if self.resume is not None:
@@ -233,14 +277,30 @@ class Passage:
                 )
             )  # fmt: skip
 
-        _, solution = march(
-            stepped(self.stepper(), left), begin, left, self.estimate, context.tree, segments=mode == "checkpoint",
-            start=left[0][0] if left else self.last, observer=show if self.callback or self.stops else None,
-            progress=progress,
-        )  # fmt: skip
+        with clocked(self.flow, self.asked, y):
+            _, solution = march(
+                stepped(self.stepper(), left), begin, left, self.estimate, context.tree, segments=mode == "checkpoint",
+                start=left[0][0] if left else self.last, observer=show if self.callback or self.stops else None,
+                progress=progress,
+            )  # fmt: skip
         if self.stops:
             solution = self._seen(solution, [seen[t] for t in self.stops])
         return replace(solution, nfe=solution.nfe + spent, accepted=solution.accepted + made)
+
+    @cached_property
+    def asked(self) -> list[float]:
+        """The flow times at which a solve on the grid asks, as far as they are known beforehand."""
+        if isinstance(self.solver, RungeKutta):
+            path, ruler, solver = self.flow.path, self._ruler(self.solver), self.solver
+
+            def stages() -> list[float]:
+                clock = [(ruler.clock(path, a), ruler.clock(path, b), n) for a, b, n in self.grid]
+                return [ruler.time(path, s) for s in solver.times(clock)]
+
+            found: list[float] = path.remembered((solver, ruler, *self.grid), stages)
+            return found
+        ends = [b for _, b, n in self.grid if self.solver.asks_at_end(n)]
+        return [*(a for a, _, _ in self.grid), *ends]
 
     def _stops(self, t_eval: Sequence[float]) -> list[float]:
         """Times to keep the state at, up to where the solver stops."""
@@ -257,10 +317,8 @@ class Passage:
                 f"t_eval = {stops}; expected strictly monotone flow times from t = {self.start:g} to t = {self.last:g}"
                 + ("" if self.closing is None else ", where the solver stops (what closes the solve is in sol.x)")
             )
-        if self.capture or isinstance(self.solver, ForeignSDE) or self.resume is not None:
-            raise TypeError(
-                f"t_eval= goes with neither capture=, resume= nor {self.solver!r}; drop it, or use callback="
-            )
+        if isinstance(self.solver, ForeignSDE) or self.resume is not None:
+            raise TypeError(f"t_eval= goes with neither resume= nor {self.solver!r}; drop it, or use callback=")
         if self.solver.chooses_steps:
             return stops
         nodes = [self.start, *(b for _, b, _ in self.grid)]
@@ -292,8 +350,10 @@ class Passage:
         return self.solver.on(self.flow.path, self.chart, self.grid)
 
     def key(self) -> Any:
-        """Equal for plans that make the same steps."""
-        return self.solver, self.grid, self.chart, self.noise, self.start, self.last, self.closing
+        """Equal for plans that make the same steps on the same flow as it is."""
+        flow = self.flow
+        made = flow.net, flow.path, flow.prediction, flow.clock, flow.dtype
+        return self.solver, self.grid, self.chart, self.noise, self.start, self.last, self.closing, made
 
     def leave(self, solution: Solution, context: Context) -> Solution:
         """The solution in flow time, at the end of the interval."""
@@ -302,7 +362,7 @@ class Passage:
             arrived, clock = self.ruler.clock(path, self.last), solution.t
             reached = torch.where(clock == arrived, self.last, torch.as_tensor(self.ruler.time(path, clock)))
             solution = replace(solution, x=scaled(self.ruler.scale(path.at(reached)), solution.x), t=reached)
-        if self.closing is not None and not self.capture:
+        if self.closing is not None and (self.charted or not self.capture):  # else it is in the recording
             solution = self._closed(solution, context, self.closing)
         return replace(solution, nfe=solution.nfe * unit(self.flow))
 

@@ -38,6 +38,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from flowsolve import kernels
 from flowsolve._batch import linear
 from flowsolve.paths import Point
 
@@ -155,6 +156,10 @@ class Estimate:
     def combine(self, data: Any, noise: Any) -> Tensor:
         """data·ẑ + noise·ε̂, shape (B, *S), with weights that are floats or of shape (B,)."""
         k_x, k_o = self.coefficients(data, noise)
+        if not self.x.is_cpu and isinstance(k_x, float) and isinstance(k_o, float) and k_x and k_o:
+            fused = kernels.combination((k_x, k_o), (self.x, self.output))
+            if fused is not None:
+                return fused
         return linear(k_x, self.x, k_o, self.output)
 
     @property

@@ -29,7 +29,7 @@ from flowsolve.solvers.adaptive import Adaptive, AdaptiveState, Attempt, Status
 from flowsolve.solvers.base import Query
 from flowsolve.solvers.runge_kutta import look
 
-__all__ = ["Arrivals", "Finished", "Metered", "collect", "pursue", "resident"]
+__all__ = ["Arrivals", "Finished", "Metered", "answered", "collect", "pursue", "resident"]
 
 Count = NDArray[np.int64]
 Look = tuple[Count, Count, Tensor]
@@ -192,7 +192,7 @@ class _Pursuit:
             inside, at = rows[~exact], stops[~exact]
             theta = (self.stops[at] - stride.s[inside]) / stride.h[inside]
             unique = np.unique(inside)
-            values, extra = _answered(look(stride, inside, theta), batch.context.select(unique), self.ask)
+            values, extra = answered(look(stride, inside, theta), batch.context.select(unique), self.ask)
             looks.append((at, batch.ids[inside], values))
             state = state.charge(unique, stride.missing + extra)
         return state, looks
@@ -207,7 +207,7 @@ class _Pursuit:
             kept: list[Look] = []
             for i in range(length):
                 errors = tape[i] if i < len(tape) else None
-                attempt = _charged(*_answered(self.attempt(now.batch, errors), batch.context, self.ask))
+                attempt = _charged(*answered(self.attempt(now.batch, errors), batch.context, self.ask))
                 if errors is None:
                     tape.append(attempt.error)
                 now = self.settle(now.batch, attempt)
@@ -272,13 +272,13 @@ def pursue(
             if batch is None:
                 if fresh is None:
                     return
-                begun = _begun(*_answered(pursuit.beginning(fresh[0]), fresh[1], ask))
+                begun = _begun(*answered(pursuit.beginning(fresh[0]), fresh[1], ask))
             elif fresh is None:
                 if segments:
                     rounds.append(pursuit.segment(batch, length))
                     length += 1
                 else:
-                    attempt = _charged(*_answered(pursuit.attempt(batch), batch.context, ask))
+                    attempt = _charged(*answered(pursuit.attempt(batch), batch.context, ask))
                     rounds.append(pursuit.settle(batch, attempt))
             else:
                 pairs = [(pursuit.attempt(batch), batch.context), (pursuit.beginning(fresh[0]), fresh[1])]
@@ -316,7 +316,7 @@ def _begun(state: AdaptiveState, extra: Any) -> AdaptiveState:
     return state if isinstance(extra, int) else state.charge(np.arange(len(state)), extra)
 
 
-def _answered(generator: Generator[Query, Tensor, Any], context: Context, ask: Ask) -> tuple[Any, Any]:
+def answered(generator: Generator[Query, Tensor, Any], context: Context, ask: Ask) -> tuple[Any, Any]:
     """The result of a generator whose queries belong to samples with one context; what they cost beyond one each."""
     tree, extra = context.tree, 0
     try:

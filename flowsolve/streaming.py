@@ -25,8 +25,7 @@ from torch import Tensor
 
 from flowsolve._batch import Context, take
 from flowsolve.conditioning import rows_of, settled
-from flowsolve.drivers import Ask
-from flowsolve.pursuit import Finished, Metered, collect, pursue
+from flowsolve.pursuit import Arrivals, Finished, collect
 from flowsolve.solution import Solution
 from flowsolve.solvers.adaptive import Adaptive
 from flowsolve.solvers.base import Solver
@@ -65,8 +64,8 @@ class Job(Protocol):
         """The states at the start of the solve, shape (n, …), and what belongs to them."""
         ...
 
-    def ode(self) -> tuple[float, float, Ask, int | Metered | None]:
-        """Start, end, right-hand side and budget of an adaptive solve."""
+    def pursuer(self, arrivals: Arrivals, **options: Any) -> Iterator[Finished]:
+        """The adaptive solve of samples that come and go (`flowsolve.pursuit.pursue`)."""
         ...
 
     def run(self, y: Tensor, context: Context, progress: bool) -> Solution:
@@ -108,7 +107,7 @@ def stream(
     sizes: deque[int] = deque()
     pieces = _pieces(iter(chunks), width, sizes)
     if isinstance(job.solver, Adaptive) and job.solver.adaptive:
-        return _regrouped(_refilled(job, job.solver, pieces, width, progress, total), sizes)
+        return _regrouped(_refilled(job, pieces, width, progress, total), sizes)
     return _regrouped(_rebatched(job, pieces, width, progress), sizes)
 
 
@@ -134,9 +133,7 @@ def _regrouped(results: Iterator[Any], sizes: deque[int]) -> Iterator[Any]:
             held = [cut(whole, size, len(whole.nfe))]
 
 
-def _refilled(
-    job: Job, solver: Adaptive, chunks: Iterator[Chunk], width: int, progress: bool, total: int | None
-) -> Iterator[Any]:
+def _refilled(job: Job, chunks: Iterator[Chunk], width: int, progress: bool, total: int | None) -> Iterator[Any]:
     opened: deque[_Open] = deque()
     waiting: list[tuple[Tensor, Context]] = []
     drawn = 0
@@ -177,9 +174,7 @@ def _refilled(
                 solution = _nothing(chunk.y)
             yield job.leave(solution, chunk.context)
 
-    start, end, ask, budget = job.ode()
-    finished = pursue(solver, arrivals, start, end, ask, width=width, budget=budget, progress=progress, total=total)
-    for part in finished:
+    for part in job.pursuer(arrivals, width=width, progress=progress, total=total):
         for chunk in opened:
             mine = np.flatnonzero((part.ids >= chunk.first) & (part.ids < chunk.first + len(chunk.y)))
             if len(mine):

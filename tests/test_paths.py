@@ -442,3 +442,22 @@ def test_the_offending_time_is_shown() -> None:
 def test_bad_parameters_are_refused_with_what_was_expected(build: Callable[[], Path], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [CondOT(), CondOT(sigma_min=0.1), VP(), Discrete.linear(), Discrete.linear(50, clean=False), EDM(), Cosine()],
+    ids=repr,
+)
+def test_the_time_of_a_share_is_that_of_its_log_snr(path: Path) -> None:
+    """α/(α+σ) is the clock of the straight chart: at its ends exactly, between them by the inverse of λ."""
+    t = torch.linspace(0.0, 1.0, 97, dtype=torch.float64)
+    point = path.at(t)
+    share = point.alpha / (point.alpha + point.sigma)
+    found = path.time_of_share(share)
+    slope = (share[2:] - share[:-2]) / (t[2:] - t[:-2])  # a rounding of the share moves the time by 1/slope of it
+    assert float(found[0]) == 0.0 or float(point.alpha[0]) > 0.0
+    assert ((found - t).abs()[1:-1] <= 16 * 2.2e-16 / slope.clamp(max=1.0) + 1e-12).all()
+    singles = [path.time_of_share(float(s)) for s in share]
+    torch.testing.assert_close(torch.tensor(singles, dtype=torch.float64), found, rtol=0, atol=1e-12)
+    assert path.time_of_share(1.0) == 1.0

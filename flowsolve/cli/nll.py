@@ -45,6 +45,9 @@ def nll(
     layout: Annotated[str, typer.Option(help="Axes of arrays: auto, nchw or nhwc.")] = "auto",
     device: Annotated[str | None, typer.Option(help="Device; by default CUDA where there is one.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch, in each process.")] = 1,
+    capture: Annotated[
+        bool, typer.Option("--capture", help="On CUDA: record the solve as a graph, and replay it.")
+    ] = False,
     on_error: Annotated[str, typer.Option(help="An image that cannot be used: stop, or skip it.")] = "stop",
     resume: Annotated[bool, typer.Option(help="Go on with the run in --out, if there is one.")] = True,
     format: Format = None,
@@ -66,6 +69,7 @@ def nll(
         options: dict[str, Any] = {
             "trace": trace, "probes": probes, "nfe": nfe, "chart": chart, "repeats": repeats, "tolerance": tolerance,
             "prior": prior, "draws": draws, "grid": None if grid is None else grid_of(grid),
+            **({"capture": True} if capture else {}),
         }  # fmt: skip
         flow, place = opened(checkpoint, device, format, declare, trust_pickle)
         report = run(

@@ -41,6 +41,9 @@ def sample(
     trust_pickle: TrustPickle = False,
     device: Annotated[str | None, typer.Option(help="Device; by default CUDA where there is one.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch, in each process.")] = 1,
+    capture: Annotated[
+        bool, typer.Option("--capture", help="On CUDA: record the solve as a graph, and replay it.")
+    ] = False,
     on_error: Annotated[str, typer.Option(help="A sample that fails: stop, or skip it.")] = "stop",
     resume: Annotated[bool, typer.Option(help="Go on with the run in --out, if there is one.")] = True,
     progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
@@ -67,7 +70,7 @@ def sample(
         record = draw(
             flow, n, out, solver=method, seed=seed, shape=event, batch=batch, init=init, strength=strength, raw=raw,
             png=png, device=place, cpu_threads=threads, on_error=on_error, resume=resume, progress=progress,
-            notes=notes, final=final, **options,
+            notes=notes, final=final, **({"capture": True} if capture else {}), **options,
         )  # fmt: skip
     if record is None:
         return

@@ -5,6 +5,7 @@ r"""Kernels: the three passes over the state that a Runge–Kutta step consists 
 | `Slopes.advance` | $y' = y + h \sum_j w_{bj} k_j$: a stage, or the new state | 1 + m |
 | `Slopes.error_norm` | the norm of $h \sum_j w_{bj} k_j$ in units of atol + rtol·max(\|y\|, \|y'\|) | 2 + m |
 | `Slopes.merge` | the new state where a step was accepted, the old one elsewhere | 1 |
+| `combination` | $\sum_j w_j v_j$: a step of a multistep method (CUDA only) | m |
 | `normals` | $\sum_i w_i \xi_i$, standard normals computed from their addresses (`flowsolve.kernels.philox`) | 0 |
 
 On the host, `aim` and `judge` are the arithmetic of step control (`flowsolve.kernels.control`).
@@ -26,7 +27,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib import import_module
@@ -43,7 +44,20 @@ from flowsolve.kernels import control, twin
 from flowsolve.kernels.control import Law, Verdict
 from flowsolve.kernels.twin import host, largest, rms
 
-__all__ = ["Law", "Slopes", "Verdict", "aim", "host", "judge", "largest", "normals", "rms", "use"]
+__all__ = [
+    "Law",
+    "Slopes",
+    "Steered",
+    "Verdict",
+    "aim",
+    "combination",
+    "host",
+    "judge",
+    "largest",
+    "normals",
+    "rms",
+    "use",
+]
 
 MODES = ("auto", "torch", "fused")
 PRICE = 1.0  # seconds that loading costs
@@ -153,6 +167,60 @@ class Slopes:
         if self._kernels is not None and _plain(new, dtype, recording) and _plain(old, dtype, recording):
             return self._kernels.merge(accepted, new, old)  # type: ignore[no-any-return]
         return twin.merge(accepted, new, old)
+
+
+class Steered(Slopes):
+    """The slopes of a step whose sizes are on the device, instead of the h that others are given.
+
+    Args:
+        y: the state before the step.
+        h: the sizes, float64 of shape (B,).
+    """
+
+    __slots__ = ("_own", "_sizes")
+
+    def __init__(self, y: Tensor, h: Tensor) -> None:
+        super().__init__(y)
+        self._sizes, self._own = h, np.zeros(len(h))  # the latter stands for the former
+        if self._kernels is not None:
+            if not hasattr(self._kernels, "STEPS"):
+                self._kernels = None
+            else:
+                self._plan[self._kernels.SENT], self._plan[self._kernels.STEPS] = self._own, h
+
+    def advance(self, h: Any, stages: Indices, weights: Vector) -> Tensor:
+        """y + h Σ_j w_j k_j."""
+        if self._kernels is not None:
+            return self._kernels.advance(self.y, self._plan, self._own, stages, weights)  # type: ignore[no-any-return]
+        return twin.weighted([self.tensors[i] for i in stages], self._table(weights), self.y)
+
+    def error_norm(
+        self, h: Any, stages: Indices, weights: Vector, ahead: Tensor, atol: float, rtol: float, norm: Norm
+    ) -> Tensor:
+        """The norm of each sample's local error; see `Slopes.error_norm`."""
+        if self._kernels is not None and norm in (rms, largest) and _plain(ahead, self.y.dtype, self._recording):
+            return super().error_norm(self._own, stages, weights, ahead, atol, rtol, norm)
+        slopes = [self.tensors[i] for i in stages]
+        return twin.error_norm(slopes, self._table(weights), self.y, ahead, atol, rtol, norm)
+
+    def _table(self, weights: Vector) -> Tensor:
+        return torch.stack([self._sizes * w for w in weights[0].tolist()], 1)
+
+
+def combination(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor | None:
+    """Σ_j w_j v_j in one pass, for tensors of one shape; None where plain operations are to serve.
+
+    The CPU's fused kernels have none: there a step of few terms is short beside what it costs to read the state.
+    """
+    first, recording = tensors[0], torch.is_grad_enabled()
+    if len(tensors) < 2 or (first.is_cpu and not hasattr(_loaded.get("cpu"), "combination")):
+        return None
+    kernels = _fused(first, recording)
+    if kernels is None or len(tensors) > kernels.MOST:
+        return None
+    if not all(_plain(v, first.dtype, recording) and v.shape == first.shape for v in tensors):
+        return None
+    return kernels.combination(weights, tensors)  # type: ignore[no-any-return]
 
 
 def normals(

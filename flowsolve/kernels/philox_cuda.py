@@ -17,7 +17,7 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flowsolve.kernels.cuda import INTERPRETED, KINDS, _bits, _float, _on
+from flowsolve.kernels.cuda import INTERPRETED, KINDS, _bits, _float, _on, launch
 
 __all__ = ["normals", "probe"]
 
@@ -147,20 +147,22 @@ def normals(
     out, rows = torch.empty_like(like, memory_format=torch.contiguous_format), len(like)
     width, kind = out.numel() // rows, KINDS[like.dtype]
     each: Any = [intervals] if isinstance(intervals, int) else intervals.tolist()
-    bits = _bits(weights if isinstance(weights, np.ndarray) else [weights])
-    head, grid = (out.data_ptr(), table.data_ptr(), stream, width, rows), (-(-rows * -(-width // 4) // BLOCKS),)
+    bits = _bits(weights if isinstance(weights, np.ndarray) else (weights,))
+    head, programs = (out.data_ptr(), table.data_ptr(), stream, width, rows), -(-rows * -(-width // 4) // BLOCKS)
     with _on(like.device):
         for first in range(0, len(each), TERMS):
             i, w = each[first : first + TERMS], bits[first : first + TERMS]
             spare = (0,) * (TERMS - len(i))  # of weight 0
-            terms = 1 if len(i) == 1 else TERMS
-            _normals[grid](*head, *i, *spare, *w, *spare, terms, first > 0, kind, BLOCKS, enable_fp_fusion=False)
+            constants = (1 if len(i) == 1 else TERMS, first > 0, kind, BLOCKS)
+            launch(_normals, programs, (*head, *i, *spare, *w, *spare), constants, enable_fp_fusion=False)
     return out
 
 
 def probe() -> None:
     """Compile and run something small on the current device; raise if that cannot be done or a number is wrong."""
     device = "cpu" if INTERPRETED else "cuda"
-    found = normals(torch.tensor([[3, 1, 2]], device=device), 0, 5, 1.0, torch.empty(1, 3, device=device)).tolist()[0]
-    if not np.allclose(found, KNOWN, atol=1e-4):
-        raise RuntimeError(f"the first normals of an interval came to {found} on {device}; expected {KNOWN}")
+    table, like = torch.tensor([[3, 1, 2]], device=device), torch.empty(1, 3, device=device)
+    for _ in range(2):  # compiled and launched, then launched directly
+        found = normals(table, 0, 5, 1.0, like).tolist()[0]
+        if not np.allclose(found, KNOWN, atol=1e-4):
+            raise RuntimeError(f"the first normals of an interval came to {found} on {device}; expected {KNOWN}")

@@ -27,6 +27,9 @@ from flowsolve._surroundings import array, within
 
 __all__ = ["error_norm", "host", "largest", "merge", "rms", "scale", "weighted"]
 
+Weights = NDArray[np.float64] | Tensor
+"""Of the host, or, in a recorded solve, of the device."""
+
 
 def rms(x: Tensor) -> Tensor:
     """The root mean square of each sample, (B, *S) to (B,): float64 on the CPU, of x's dtype elsewhere."""
@@ -41,8 +44,7 @@ def largest(x: Tensor) -> Tensor:
     flat = rows(x)
     if not flat.shape[1]:
         return flat.new_zeros(len(flat))
-    magnitude: Tensor = torch.linalg.vector_norm(flat, torch.inf, dim=1)
-    return magnitude
+    return flat.abs().amax(1)  # on the CPU 30 times as fast as torch's own norm of this kind
 
 
 def host(v: Tensor) -> NDArray[np.float64]:
@@ -55,7 +57,7 @@ def host(v: Tensor) -> NDArray[np.float64]:
     return numbers.numpy()
 
 
-def weighted(slopes: Sequence[Tensor], weights: NDArray[np.float64], base: Tensor | None = None) -> Tensor:
+def weighted(slopes: Sequence[Tensor], weights: Weights, base: Tensor | None = None) -> Tensor:
     """base + Σ_j w_j k_j, with weights of shape (1, m) or (B, m); see `flowsolve.kernels.Slopes.advance`."""
     if not slopes:
         if base is None:
@@ -64,12 +66,11 @@ def weighted(slopes: Sequence[Tensor], weights: NDArray[np.float64], base: Tenso
     # fresh: `total` is ours to write to. What vmap maps cannot be written to a plain tensor: there nothing is.
     total, fresh, writes = base, False, within() is None
     numbers: Sequence[Any]
-    if len(weights) == 1:
+    if isinstance(weights, np.ndarray) and len(weights) == 1:
         numbers = weights[0].tolist()
     else:
-        like = slopes[0]
-        table = send(torch.from_numpy(weights), like, like.dtype).reshape(*weights.shape, *[1] * (like.ndim - 1))
-        numbers = table.unbind(1)
+        like, table = slopes[0], weights if isinstance(weights, Tensor) else torch.from_numpy(weights)
+        numbers = send(table, like, like.dtype).reshape(*table.shape, *[1] * (like.ndim - 1)).unbind(1)
     for w, k in zip(numbers, slopes, strict=True):
         if total is not None and (total.requires_grad or k.requires_grad):  # one node of the graph, not two
             total = torch.addcmul(total, w, k) if isinstance(w, Tensor) else torch.add(total, k, alpha=w)
@@ -89,7 +90,7 @@ def scale(size: Tensor, atol: float, rtol: float) -> Tensor:
 
 def error_norm(
     slopes: Sequence[Tensor],
-    weights: NDArray[np.float64],
+    weights: Weights,
     y: Tensor,
     ahead: Tensor,
     atol: float,

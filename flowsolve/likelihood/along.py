@@ -14,12 +14,14 @@ from torch import Tensor
 from flowsolve import grids
 from flowsolve._arguments import state
 from flowsolve._batch import Context, rows
+from flowsolve.capture import require_cuda
 from flowsolve.drivers import settle
 from flowsolve.flow import Flow
 from flowsolve.grids import At
 from flowsolve.kernels import largest
 from flowsolve.likelihood.curve import Curve, Rule, nodes
 from flowsolve.likelihood.ends import Stretch, Tip
+from flowsolve.likelihood.joint import recorder
 from flowsolve.likelihood.prior import MARGINAL, Prior, marginal_log_prob, normal_log_prob
 from flowsolve.likelihood.prior import stretch as wide
 from flowsolve.likelihood.result import LogProb, one_shape
@@ -70,6 +72,7 @@ class Along:
         grid: the nodes, as a spacing of `flowsolve.grids` or explicit times; by default `curve.nodes`.
         repeats: how many of the evaluations are second looks; by default those of `second_looks`.
         graph: keep derivatives.
+        capture: record an evaluation on CUDA.
     """
 
     gradient = "direct"
@@ -87,8 +90,10 @@ class Along:
         grid: Any = None,
         repeats: int | None = None,
         graph: bool = False,
+        capture: bool = False,
     ) -> None:
         path = flow.path
+        self.record = recorder(flow, graph, solver) if capture else None
         self.flow, self.solver, self.trace, self.prior, self.seed = flow, solver, trace, prior, seed
         self.graph = graph
         self.start, self.end = interval
@@ -172,12 +177,14 @@ class Along:
         cond = self.flow.conditioned(chunk.cond, len(x))
         return x, Context({"cond": cond, "probes": probes}, len(x))
 
-    def ode(self) -> Any:
+    def pursuer(self, arrivals: Any, **options: Any) -> Any:
         """There is none."""
         raise TypeError("a likelihood along a curve is no ODE")
 
     def run(self, y: Tensor, context: Context, progress: bool) -> Solution:
         """The curve of a whole batch, read: a solution whose x are rows (ends of the curve, log p, error)."""
+        if self.record is not None:
+            require_cuda(y)
         tree = context.tree
         if not len(y):
             return self._solution(torch.cat((rows(y), rows(y), y.new_zeros(0, self.trace.count + 1)), 1), [], 0)
@@ -232,7 +239,7 @@ class Along:
     def _tip(self, stretch: Stretch, x: Tensor, tree: Any) -> Tip:
         """What the end of a stretch tells at a state there."""
         point = self.flow.path.at(stretch.t)
-        estimate, trace = estimated(self.flow, self.trace, x, stretch.t, point, tree, self.graph)
+        estimate, trace = estimated(self.flow, self.trace, x, stretch.t, point, tree, self.graph, self.record)
         return stretch.slope(estimate), stretch.divergence(estimate, trace, math.prod(x.shape[1:]))
 
     def _walk(self, y: Tensor) -> Generator[tuple[Query, bool], Estimate, None]:
@@ -244,7 +251,8 @@ class Along:
 
     def _ask(self, x: Tensor, t: Any, tree: Any) -> tuple[Estimate, Tensor]:
         """The estimate, and T of shape (B, count), by one call."""
-        estimate, trace = estimated(self.flow, self.trace, x, t, self.flow.path.at(t), tree, self.graph)
+        point = self.flow.path.at(t)
+        estimate, trace = estimated(self.flow, self.trace, x, t, point, tree, self.graph, self.record)
         return estimate, of_noise(estimate, trace)
 
     def _looked(self, curve: Curve, shape: Any, tree: Any) -> tuple[Curve, list[Tensor]]:

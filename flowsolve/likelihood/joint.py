@@ -19,15 +19,17 @@ $\kappa$ = atol/tolerance.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flowsolve import charts
+from flowsolve import attempts, charts
 from flowsolve._arguments import check_gradient, check_grid, state
 from flowsolve._batch import Context, per_sample, rows
+from flowsolve.capture import Record, Recording, refuse_foreign, require_cuda
 from flowsolve.charts import Chart
 from flowsolve.drivers import Ask
 from flowsolve.flow import Flow
@@ -38,13 +40,27 @@ from flowsolve.likelihood.visible import verify
 from flowsolve.noise import Noise
 from flowsolve.ode import trajectory
 from flowsolve.planning import allowance, laid, unit, varies
-from flowsolve.pursuit import Metered
+from flowsolve.pursuit import Arrivals, Finished, Metered, collect, pursue, resident
 from flowsolve.solution import Solution
 from flowsolve.solvers.adaptive import Adaptive
 from flowsolve.solvers.base import Query, SlopeSolver, Solver, charted, scaled
 from flowsolve.streaming import Chunk
 
-__all__ = ["Joint"]
+__all__ = ["Joint", "recorder"]
+
+
+def recorder(flow: Flow, graph: bool, solver: Solver) -> Record:
+    """What records a likelihood.
+
+    Raises:
+        TypeError: the likelihood is one that cannot be recorded.
+    """
+    refuse_foreign(solver)
+    if graph:
+        raise TypeError("capture=True records no derivatives; drop it, or grad=True")
+    if type(flow).call is not Flow.call:
+        raise TypeError(f"capture=True records the likelihood of a network's own flow, not of {flow!r}; drop it")
+    return Recording
 
 
 class Joint:
@@ -62,6 +78,7 @@ class Joint:
         tolerance: absolute tolerance of log p in nats for an adaptive solver, instead of its atol.
         gradient: "direct" or "checkpoint".
         graph: keep derivatives.
+        capture: record on CUDA: an attempt of an adaptive solve, or an evaluation of one on a grid.
     """
 
     def __init__(
@@ -79,10 +96,12 @@ class Joint:
         tolerance: float | None = None,
         gradient: str = "direct",
         graph: bool = False,
+        capture: bool = False,
     ) -> None:
         if gradient == "adjoint":
             raise ValueError("log_prob has no adjoint: it would take third derivatives; use gradient='checkpoint'")
         check_gradient(gradient, solver)
+        self.record = recorder(flow, graph, solver) if capture else None
         self.flow, (self.start, self.end) = flow, interval
         self.samples = self.start < self.end
         self.gradient, self.seed, self.prior = gradient, seed, prior
@@ -145,8 +164,24 @@ class Joint:
         path, ruler = self.flow.path, self.ruler
         return ruler.clock(path, self.start), ruler.clock(path, self.end), self.field, self.budget
 
+    def pursuer(self, arrivals: Arrivals, **options: Any) -> Iterator[Finished]:
+        """The adaptive solve of samples that come and go, recorded or not."""
+        start, end, ask, budget = self.ode()
+        assert isinstance(self.solver, Adaptive)
+        if self.record is None:
+            return pursue(self.solver, arrivals, start, end, ask, budget=budget, **options)
+        flow, solver = self.flow, self.solver
+        assert not isinstance(budget, Metered)
+        key = self.trace, self.ruler, self.weight, self.shape, flow.net, flow.path, flow.prediction, flow.clock
+        return attempts.pursue(flow, key, solver, arrivals, start, end, ask, budget=budget, **options)
+
     def run(self, y: Tensor, context: Context, progress: bool) -> Solution:
         """The solve of a whole batch."""
+        if self.record is not None:
+            require_cuda(y)
+            if self.solver.chooses_steps:
+                parts = list(self.pursuer(resident(y, context), width=len(y), progress=progress, total=len(y)))
+                return collect(parts, y, 0)[1]
         start, end, ask, budget = self.ode()
         assert isinstance(self.solver, SlopeSolver)
         _, solution = trajectory(
@@ -183,7 +218,7 @@ class Joint:
         if self.prior != MARGINAL:
             return normal_log_prob(latent, self.flow.path.prior_std).unsqueeze(1)
         point = self.flow.path.at(t)
-        estimate, trace = estimated(self.flow, self.trace, latent, t, point, tree, self.graph)
+        estimate, trace = estimated(self.flow, self.trace, latent, t, point, tree, self.graph, self.record)
         return marginal_log_prob(rows(estimate.noise), of_noise(estimate, trace), float(point.sigma))
 
     def field(self, query: Query, context: Any) -> Tensor:
@@ -196,7 +231,8 @@ class Joint:
             query.cost = self.flow.cost(outer.t)
         c = chart.scale(point)
         x = scaled(c, query.x[:, :size].reshape(-1, *self.shape))
-        estimate, trace = estimated(self.flow, self.trace, x, outer.t, point, context, self.graph)
+        record = None if self.solver.chooses_steps else self.record  # an attempt is recorded as a whole
+        estimate, trace = estimated(self.flow, self.trace, x, outer.t, point, context, self.graph, record)
         row = chart.row(point, query.t)
         k_x, k_o = (per_sample(k, query.x) for k in estimate.coefficients(*row))
         divergence = per_sample(c, query.x) * self.weight * (k_x * size + k_o * trace)

@@ -64,6 +64,7 @@ def log_prob(
     throw: bool = True,
     grad: bool | None = None,
     gradient: str = "direct",
+    capture: bool = False,
 ) -> LogProb:
     """The log-density that a flow gives to x, in nats.
 
@@ -95,6 +96,8 @@ def log_prob(
         throw: raise if any sample fails.
         grad: record gradients; by default only if x requires them. True also serves parameters.
         gradient: "direct", or for Runge–Kutta solvers "checkpoint" (memory of O(√steps)); see `flowsolve.gradients`.
+        capture: on CUDA, without gradients: record an evaluation and its products with the Jacobian (or an attempt of
+            an adaptive solver) as a CUDA graph, and replay it from then on (`flowsolve.capture`).
 
     Returns:
         A `LogProb`.
@@ -122,6 +125,7 @@ def log_prob(
     job = reading(
         flow, ends, solver=solver, trace=trace, probes=probes, seed=seed, nfe=nfe, grid=grid, chart=chart,
         prior=prior, repeats=repeats, tolerance=tolerance, verify=verify, gradient=gradient, graph=graph,
+        capture=capture,
     )  # fmt: skip
     noise = Noise.for_batch(seed, len(x), samples)
     return _found(job, Chunk(x, _given(cond, len(noise.samples)), noise.samples), batch, progress, throw, graph)
@@ -169,6 +173,7 @@ def sample_log_prob(
     throw: bool = True,
     grad: bool | None = None,
     gradient: str = "direct",
+    capture: bool = False,
 ) -> LogProb:
     """Samples with the log-density that the flow gives to them, in one pass.
 
@@ -207,6 +212,7 @@ def sample_log_prob(
     job = reading(
         flow, (begin, end), solver=solver, trace=trace, probes=probes, seed=seed, nfe=nfe, grid=grid, chart=chart,
         prior=prior, repeats=repeats, tolerance=tolerance, verify=verify, gradient=gradient, graph=graph,
+        capture=capture,
     )  # fmt: skip
     return _found(job, Chunk(x, _given(cond, len(noise.samples)), noise.samples), batch, progress, throw, graph)
 
@@ -228,6 +234,7 @@ def reading(
     verify: bool = True,
     gradient: str = "direct",
     graph: bool = False,
+    capture: bool = False,
 ) -> Along | Joint:
     """The job that answers, planned once for any number of batches. The arguments are those of `log_prob`."""
     if torch.is_inference_mode_enabled():
@@ -245,7 +252,7 @@ def reading(
             raise TypeError(f"repeats={repeats!r} is for a likelihood along a curve, not for {method!r}; drop it")
         return Joint(
             flow, interval, solver=method, trace=estimator, prior=known, seed=seed, nfe=nfe, grid=grid, chart=chart,
-            tolerance=tolerance, gradient=gradient, graph=graph,
+            tolerance=tolerance, gradient=gradient, graph=graph, capture=capture,
         )  # fmt: skip
     if not isinstance(method, EstimateSolver) or method.random:
         raise TypeError(
@@ -259,7 +266,7 @@ def reading(
         raise TypeError(f"gradient={gradient!r} needs a Runge–Kutta solver; a curve has gradient='direct' only")
     return Along(
         flow, interval, solver=method, trace=estimator, prior=known, seed=seed, nfe=nfe, grid=grid, repeats=repeats,
-        graph=graph,
+        graph=graph, capture=capture,
     )  # fmt: skip
 
 

@@ -49,7 +49,8 @@ from torch import Tensor
 
 from flowsolve._batch import per_sample
 from flowsolve._surroundings import bare
-from flowsolve.flow import Flow
+from flowsolve.capture import Record, filled, recorded, split
+from flowsolve.flow import Flow, network_time
 from flowsolve.likelihood.products import AT_ONCE, Forward, Function, Product, Pulled, Reverse, Unseen, full
 from flowsolve.noise import PROBE, Noise
 from flowsolve.paths import Point
@@ -354,15 +355,31 @@ def _resolved(trace: str | Trace, probes: int | None) -> Trace:
 
 
 def estimated(
-    flow: Flow, trace: Trace, x: Tensor, t: Any, point: Point, tree: Any, graph: bool
+    flow: Flow, trace: Trace, x: Tensor, t: Any, point: Point, tree: Any, graph: bool, record: Record | None = None
 ) -> tuple[Estimate, Tensor]:
     """The estimate at (x, t), and (B, count) estimates of the trace of the output's Jacobian, by one network call.
 
     Args:
         tree: a context with the conditioning "cond" and the "probes".
         graph: keep derivatives.
+        record: makes recordings, if the call and its products are to be one (`flowsolve.capture`).
     """
-    output, found = trace(lambda v: flow.call(v, t, **tree["cond"]), x, tree["probes"], graph)
+    cond, probes = tree["cond"], tree["probes"]
+    if record is None:
+        output, found = trace(lambda v: flow.call(v, t, **cond), x, probes, graph)
+        return flow.read(x, output, point), found
+    given = cond, probes
+    tensors, constants = split(given)
+
+    def function(inputs: list[Tensor]) -> list[Tensor]:
+        state, time, *rest = inputs
+        mine, vectors = filled(given, rest)
+        return list(trace(lambda v: flow.output(v, time, mine), state, vectors))
+
+    inputs = [x.detach().contiguous(), network_time(flow.clock(t), x), *(v.to(x.device) for v in tensors)]
+    key = trace, flow.net, flow.path, flow.prediction, flow.clock, constants
+    with recorded(flow, key, function, inputs, record) as replay:
+        output, found = replay(inputs)
     return flow.read(x, output, point), found
 
 

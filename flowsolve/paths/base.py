@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple, TypeVar, cast
+from weakref import finalize
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from flowsolve._batch import linear, saturating_log
 
 __all__ = ["Path", "Point", "T"]
 
 T = TypeVar("T", float, Tensor)
+REMEMBERED = 1 << 14  # values kept of a path
+
+_memory: dict[int, dict[Hashable, Any]] = {}  # by the address of the path, whose copies shall not carry it along
 
 
 class Point(NamedTuple):
@@ -79,7 +85,32 @@ class Path:
         t = float(t)
         if not 0.0 <= t <= 1.0:
             raise ValueError(_outside(t))
-        return Point(*self._curve(t, math))
+        point: Point = self.remembered(t, lambda: Point(*self._curve(t, math)))
+        return point
+
+    def remembered(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """make(), or what it gave for an equal key before: for what follows from the path and the key alone.
+
+        The coefficients of a grid are the same in every solve, and cost more than the arithmetic on a small state. Of a
+        path that may change (one that is no frozen dataclass) nothing is remembered.
+        """
+        if is_compiling():
+            return make()
+        known = _memory.get(id(self))
+        if known is None:
+            settings: Any = getattr(type(self), "__dataclass_params__", None)
+            if settings is None or not settings.frozen:
+                return make()
+            mine = id(self)
+            known = _memory[mine] = {}
+            finalize(self, _memory.pop, mine, None)
+        found = known.get(key)
+        if found is None:
+            if len(known) >= REMEMBERED:
+                for old in [k for k in known if not isinstance(k, torch.device)]:  # a recorded solve may read those
+                    del known[old]
+            found = known[key] = make()
+        return found
 
     def alpha(self, t: T) -> T:
         """α(t), the weight of the data."""
@@ -112,6 +143,10 @@ class Path:
         if lam <= lo or lam >= hi:
             return 0.0 if lam <= lo else 1.0
         return min(max(float(self._time(lam, math)), 0.0), 1.0)
+
+    def time_of_share(self, share: T) -> T:
+        """The flow time at which α/(α+σ) is the given share, in [0, 1]: the clock of the straight chart."""
+        return self.time(saturating_log(share) - saturating_log(1.0 - share))  # type: ignore[no-any-return]
 
     def native_time(self, t: T) -> T:
         """The clock the network was trained with, at flow time t."""

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from flowsolve._batch import saturating_log
-from flowsolve.paths.base import Path
+from flowsolve.paths.base import Path, T
 
 __all__ = ["EDM", "VE", "VP", "CondOT", "Cosine", "SubVP", "Trig"]
 
@@ -33,6 +34,14 @@ class CondOT(Path):
 
     def _time(self, log_snr: Any, m: Any) -> Any:
         return 1.0 / (m.exp(-log_snr) + (1.0 - self.sigma_min))
+
+    def time_of_share(self, share: T) -> T:
+        """t = s/(1 − σ_min s), from α + σ = 1 + σ_min t."""
+        if isinstance(share, Tensor):
+            s = share.to(torch.float64)
+            return (s / (1.0 - self.sigma_min * s) if self.sigma_min else s).clamp(0.0, 1.0)
+        s = float(share)
+        return min(max(s / (1.0 - self.sigma_min * s), 0.0), 1.0)
 
     def _to_native(self, t: Any) -> Any:
         return t

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowsolve.paths.base import Path
+from flowsolve.paths.base import Path, T
 
 __all__ = ["Discrete"]
 
@@ -104,8 +104,18 @@ class Discrete(Path):
         return a / norm, b / norm, b * twist, -a * twist
 
     def _time(self, log_snr: Any, m: Any) -> Any:
-        share = 1.0 / (1.0 + m.exp(log_snr))  # σ/(α+σ), increasing with the index
-        noise = self._table(log_snr)[1]
+        return self._time_of_noise(1.0 / (1.0 + m.exp(log_snr)), m)
+
+    def time_of_share(self, share: T) -> T:
+        """The table is linear in the share."""
+        if isinstance(share, Tensor):
+            times: Tensor = self._time_of_noise(1.0 - share.to(torch.float64), torch).clamp(0.0, 1.0)
+            return times
+        return min(max(float(self._time_of_noise(1.0 - float(share), math)), 0.0), 1.0)
+
+    def _time_of_noise(self, share: Any, m: Any) -> Any:
+        """The time at which σ/(α+σ), which increases with the index, is the given share."""
+        noise = self._table(share)[1]
         last = self._intervals - 1
         i: Any
         if m is torch:
@@ -118,7 +128,11 @@ class Discrete(Path):
         """α/(α+σ) and σ/(α+σ) at the nodes, as lists for a float and as tensors beside a tensor."""
         if not isinstance(like, Tensor):
             return self._nodes
-        return self._tensors[0].to(like.device), self._tensors[1].to(like.device)
+        place = like.device
+        if place.type == "cpu":
+            return self._tensors
+        found: tuple[Tensor, Tensor] = self.remembered(place, lambda: tuple(v.to(place) for v in self._tensors))
+        return found
 
     def _to_native(self, t: Any) -> Any:
         """The index k: fractional between entries, exact at them, 0 beyond the last."""

@@ -34,35 +34,36 @@ def chosen(text: str) -> tuple[Path, str]:
     return Path(file), key
 
 
-def mapped(file: Path, key: str = "", limit: int | None = None) -> Any:
+def mapped(file: Path, key: str = "", limit: int | None = None, dims: int = 2) -> Any:
     """The array of a .npy or .npz file, memory-mapped unless it is compressed.
 
     Args:
         file: the file.
         key: which of several arrays.
         limit: how many items are wanted, at least so many of which are returned if there are.
+        dims: the fewest dimensions it may have: 2 for images, 1 for their labels.
 
     Raises:
         ValueError: a file that is truncated or holds no array, or several without a key that chooses.
     """
     try:
         if file.suffix == ".npy":
-            return _whole(np.load(file, mmap_mode="r", allow_pickle=False))
+            return _whole(np.load(file, mmap_mode="r", allow_pickle=False), dims)
         with opened_zip(file) as archive:
             names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
         if not key:
             key = next((k for k in KEYS if k in names), names[0] if len(names) == 1 else "")
         if key not in names:
             raise ValueError(f"it holds the arrays {', '.join(names) or 'none'}; choose one as {file}:KEY")
-        return _whole(_member(file, f"{key}.npy", limit))
+        return _whole(_member(file, f"{key}.npy", limit), dims)
     except (ValueError, EOFError, zlib.error, zipfile.BadZipFile, zipfile.LargeZipFile) as error:
         raise ValueError(f"{file} cannot be read as an array: {error}") from error
 
 
-def _whole(array: Any) -> Any:
+def _whole(array: Any, dims: int) -> Any:
     if array.dtype.names or array.dtype.kind not in "iufb":
         raise ValueError(f"it holds {array.dtype}; expected integers")
-    if array.ndim < 2:
+    if array.ndim < dims:
         raise ValueError(f"its shape is {array.shape}; expected (N, *S), an entry an image")
     return array
 

@@ -40,7 +40,7 @@ from flowsolve.predictions import Estimate
 
 __all__ = [
     "EstimateSolver", "Foreign", "ForeignSDE", "Nodes", "Past", "Query", "SlopeSolver", "Solver", "State", "Step",
-    "charted", "in_chart", "run", "scaled", "slope_in",
+    "charted", "in_chart", "run", "scaled",
 ]  # fmt: skip
 
 
@@ -50,19 +50,29 @@ class Nodes:
     What depends on time alone is computed for all of them at once, and sent to a device as one tensor.
 
     Attributes:
-        table: float64 array of shape (n, B).
+        table: float64 of shape (n, B): an array, or, in a recorded solve, a tensor of the device.
     """
 
     __slots__ = ("_made", "table")
 
-    def __init__(self, table: NDArray[np.float64]) -> None:
+    def __init__(self, table: NDArray[np.float64] | Tensor) -> None:
         self.table = table
         self._made: dict[Any, Any] = {}
 
+    @property
+    def recorded(self) -> bool:
+        """Whether the times are on the device, of which nothing is to be asked."""
+        return isinstance(self.table, Tensor)
+
+    @property
+    def times(self) -> Tensor:
+        """The table as a tensor, where it is."""
+        return self.table if isinstance(self.table, Tensor) else torch.from_numpy(self.table)
+
     def once(self, key: Any, make: Callable[[Tensor], Any]) -> Any:
-        """make(times) of the table as a host tensor, made on the first call with this key."""
+        """make(times), made on the first call with this key."""
         if key not in self._made:
-            self._made[key] = make(torch.from_numpy(self.table))
+            self._made[key] = make(self.times)
         return self._made[key]
 
 
@@ -88,8 +98,8 @@ class Query:
 
     @property
     def t(self) -> Any:
-        """The time: a float, or a float64 host tensor of shape (B,)."""
-        return self.time if self.nodes is None else torch.from_numpy(self.nodes.table[self.row])
+        """The time: a float, or a float64 tensor of shape (B,), of the host but in a recorded solve."""
+        return self.time if self.nodes is None else self.nodes.times[self.row]
 
     def about(self, x: Tensor) -> Query:
         """The same question about another state."""
@@ -284,35 +294,34 @@ def in_chart(inner: Generator[Query, Tensor, Any], chart: Chart, path: Path) -> 
         return stop.value
 
 
-def slope_in(chart: Chart, path: Path, estimate: Callable[[Query, Any], Estimate]) -> Any:
-    """What answers queries for dy/ds at (y, s) in a chart, from what answers with estimates at (x, t)."""
-
-    def answer(query: Query, context: Any) -> Tensor:
-        outer = charted(query, chart, path)
-        found = estimate(outer, context)
-        query.cost = outer.cost
-        return found.combine(*chart.row(found.point, query.t))
-
-    return answer
-
-
 def charted(query: Query, chart: Chart, path: Path) -> Query:
     """The query about (x, t) that a query about (y, s) in a chart stands for."""
     y, nodes, row = query.x, query.nodes, query.row
     if nodes is None:
-        t = chart.time(path, query.t)
-        point = path.at(t)
-        return Query(scaled(chart.scale(point), y), t, point=point)
+        clock = query.time
+        if isinstance(clock, Tensor):
+            t, point, c = _placed(chart, path, clock)
+        else:
+            t, point, c = path.remembered((chart, clock), lambda: _placed(chart, path, clock))
+        return Query(scaled(c, y), t, point=point)
 
     def translate(clock: Tensor) -> tuple[Nodes, Point, Any]:
         t = chart.time(path, clock.flatten()).unflatten(0, clock.shape)
         points = path.at(t)
         c = chart.scale(points)
-        return Nodes(array(t)), points, c if isinstance(c, float) else send(c, y, y.dtype)
+        placed = Nodes(t if nodes.recorded else array(t))
+        return placed, points, c if isinstance(c, float) else send(c, y, y.dtype)
 
     times, points, c = nodes.once((chart, path), translate)
     point = Point(*(v[row] for v in points))
     return Query(scaled(c if isinstance(c, float) else c[row], y), None, times, row, point)
+
+
+def _placed(chart: Chart, path: Path, clock: Any) -> tuple[Any, Point, Any]:
+    """Flow time at a time of a chart, the path's point there, and the scale."""
+    t = chart.time(path, clock)
+    point = path.at(t)
+    return t, point, chart.scale(point)
 
 
 def scaled(c: Any, y: Tensor) -> Tensor:

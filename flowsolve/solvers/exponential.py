@@ -65,6 +65,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flowsolve import kernels
 from flowsolve._surroundings import array, within
 from flowsolve.charts import Chart
 from flowsolve.paths import Path, Point
@@ -161,11 +162,16 @@ def update(
         variable: in what F is a polynomial.
         rule: the weight of the second of two nodes in λ.
     """
-    interval = _Interval(path, form, a, b, eta, nodes)
-    kept = interval.kept(variable)
-    share = [1.0] if len(kept) == 1 else interval.means(kept, variable, rule)
-    weights = dict(zip(kept, share, strict=True))
-    return Update(interval.decay, tuple(interval.whole * weights.get(t, 0.0) for t in nodes), interval.fresh)
+
+    def made() -> Update:
+        interval = _Interval(path, form, a, b, eta, nodes)
+        kept = interval.kept(variable)
+        share = [1.0] if len(kept) == 1 else interval.means(kept, variable, rule)
+        weights = dict(zip(kept, share, strict=True))
+        return Update(interval.decay, tuple(interval.whole * weights.get(t, 0.0) for t in nodes), interval.fresh)
+
+    found: Update = path.remembered((form, a, b, *nodes, eta, variable, rule), made)
+    return found
 
 
 class _Interval:
@@ -282,10 +288,13 @@ def _quadrature(a: float, b: float, rate: float) -> tuple[Vector, Vector]:
 
 def applied(made: Update, x: Tensor, values: Iterable[Tensor]) -> Tensor:
     """X x + Σ w F, without the noise."""
+    terms = [(w, value) for w, value in zip(made.weights, values, strict=True) if w]
+    fused = kernels.combination([made.state, *(w for w, _ in terms)], [x, *(value for _, value in terms)])
+    if fused is not None:
+        return fused
     total, kept = x * made.state, within() is not None  # what vmap maps cannot be written to a plain tensor
-    for w, value in zip(made.weights, values, strict=True):
-        if w:
-            total = total.add(value, alpha=w) if kept or total.requires_grad else total.add_(value, alpha=w)
+    for w, value in terms:
+        total = total.add(value, alpha=w) if kept or total.requires_grad else total.add_(value, alpha=w)
     return total
 
 

@@ -72,14 +72,12 @@ class Stride(NamedTuple):
         return len(self.tableau.dense) - len(self.slopes)
 
 
-def ask_stages(
-    tableau: Tableau, nodes: Nodes, h: Vector, slopes: Slopes, first: int
-) -> Generator[Query, Tensor, Tensor]:
+def ask_stages(tableau: Tableau, nodes: Nodes, h: Any, slopes: Slopes, first: int) -> Generator[Query, Tensor, Tensor]:
     """Ask for the slopes of the stages from `first` on, append them, and return the last stage's state.
 
     Args:
         nodes: their times.
-        h: signed sizes of the step, shape (B,).
+        h: signed sizes of the step, shape (B,); None for slopes that know them.
         slopes: the state before the step, and the slopes at hand.
     """
     rows, append, advance, stage = tableau.rows, slopes.append, slopes.advance, slopes.y
@@ -201,11 +199,15 @@ class RungeKutta(SlopeSolver):
         """The step function of this solver on a path, in a chart (by default the straight one)."""
         ruler = chart or CHARTS[self.ruler]
 
+        def ends(t: float, t_next: float) -> tuple[Any, ...]:
+            before, after = ruler.scale(path.at(t)), ruler.scale(path.at(t_next))
+            return inverse(before), ruler.clock(path, t), ruler.clock(path, t_next), after
+
         def step(state: State, t: float, t_next: float, evaluations: int) -> Step:
-            y = scaled(inverse(ruler.scale(path.at(t))), state.x)
-            inner = self.stride(y, ruler.clock(path, t), ruler.clock(path, t_next), evaluations)
+            inward, s, s_next, outward = path.remembered((ruler, t, t_next), lambda: ends(t, t_next))
+            inner = self.stride(scaled(inward, state.x), s, s_next, evaluations)
             y = (yield from in_chart(inner, ruler, path)).ahead
-            return state.advance(scaled(ruler.scale(path.at(t_next)), y))
+            return state.advance(scaled(outward, y))
 
         return step
 

@@ -16,28 +16,30 @@ theorem of conditional flow matching (Lipman et al. 2022), for the score that of
   score matching proper is target "score" with weight $\sigma^2$, which equals target "noise" with weight 1:
   $\sigma^2\|\hat s + \varepsilon/\sigma\|^2 = \|\hat\varepsilon - \varepsilon\|^2$.
 
-Two targets differ by a factor that depends on $t$ only, so a target is a weight in other words.
+Two targets differ by a factor that depends on $t$ only, so a target is a weight in other words. Both functions are
+`Objective`s (`training.objective`), which has all that can be chosen; `training.named` has the literature's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from flowsolve._batch import linear, per_sample, state_dtype
-from flowsolve.conditioning import arguments
 from flowsolve.flow import Flow
-from flowsolve.predictions import Prediction, SingularEstimate, resolve
-from flowsolve.training import times
+from flowsolve.paths import Point
+from flowsolve.predictions import Prediction
+from flowsolve.training import times, weights
+from flowsolve.training.objective import Objective
 from flowsolve.training.times import Density
 from flowsolve.training.weights import Weight
 
 __all__ = ["cfm_loss", "dsm_loss"]
 
-Times = float | Tensor | Density | None
+Times = float | Tensor | Density | Callable[[int, torch.Generator | None], Tensor] | None
+Weights = Weight | Callable[[Point], Any] | None
 
 
 def cfm_loss(
@@ -46,7 +48,7 @@ def cfm_loss(
     *,
     t: Times = None,
     noise: Tensor | None = None,
-    weight: Weight | None = None,
+    weight: Weights = None,
     generator: torch.Generator | None = None,
     reduction: Literal["mean", "none"] = "mean",
     cond: Mapping[str, Any] | None = None,
@@ -68,13 +70,12 @@ def cfm_loss(
         **more: more of them.
 
     Raises:
-        TypeError: data is not floating.
+        TypeError: data is not floating, or a weight and a density are taken for each other.
         ValueError: shapes that do not match, or an unknown reduction.
         SingularEstimate: a given t at which the velocity cannot be told from the prediction.
     """
-    return _regress(
-        flow, data, resolve("velocity"), t, noise, weight, generator, reduction, arguments(cond, more, len(data))
-    )
+    objective, when = _objective("velocity", t, weight)
+    return objective(flow, data, t=when, noise=noise, generator=generator, reduction=reduction, cond=cond, **more)
 
 
 def dsm_loss(
@@ -84,7 +85,7 @@ def dsm_loss(
     target: str | Prediction | None = None,
     t: Times = None,
     noise: Tensor | None = None,
-    weight: Weight | None = None,
+    weight: Weights = None,
     generator: torch.Generator | None = None,
     reduction: Literal["mean", "none"] = "mean",
     cond: Mapping[str, Any] | None = None,
@@ -107,66 +108,21 @@ def dsm_loss(
         **more: more of them.
 
     Raises:
-        TypeError: data is not floating.
+        TypeError: data is not floating, or a weight and a density are taken for each other.
         ValueError: shapes that do not match, an unknown target or reduction.
         SingularEstimate: a given t at which the target does not exist or cannot be told from the prediction.
     """
-    row = flow.prediction if target is None else resolve(target)
-    return _regress(flow, data, row, t, noise, weight, generator, reduction, arguments(cond, more, len(data)))
+    objective, when = _objective(target, t, weight)
+    return objective(flow, data, t=when, noise=noise, generator=generator, reduction=reduction, cond=cond, **more)
 
 
-def _regress(
-    flow: Flow,
-    data: Tensor,
-    target: Prediction,
-    t: Times,
-    noise: Tensor | None,
-    weight: Weight | None,
-    generator: torch.Generator | None,
-    reduction: str,
-    cond: dict[str, Any],
-) -> Tensor:
-    """The one loss: the estimate's combination of a target row against that of the true (z, ε)."""
-    if reduction not in ("mean", "none"):
-        raise ValueError(f"reduction = {reduction!r}; expected 'mean' or 'none'")
-    if not data.dtype.is_floating_point:
-        raise TypeError(f"data has dtype {data.dtype}; expected floats (integer images must be dequantised first)")
-    data = data.to(state_dtype(data))
-    when = _times(flow, len(data), t, generator)
-    if noise is None:
-        place = generator.device if generator is not None else data.device
-        noise = torch.randn(data.shape, generator=generator, device=place, dtype=data.dtype).to(data.device)
-    elif noise.shape != data.shape:
-        raise ValueError(f"noise has shape {tuple(noise.shape)}; expected that of data, {tuple(data.shape)}")
-    noise = noise.to(data.dtype)
-
-    point = flow.path.at(when)
-    a, b, scale = target.row(point)
-    if isinstance(scale, Tensor):
-        if bool((scale == 0).any()):
-            raise SingularEstimate(f"the target {target.name!r} does not exist at some t; ask at t < 1")
-        a, b = a / scale, b / scale
-    x = linear(point.alpha, data, point.sigma, noise)
-    flow.arm(False)  # dropout is welcome here
-    if target is flow.prediction:  # the raw output: no 2×2 solve, hence no time at which it fails
-        predicted = flow.call(x, when, **cond)
-    else:
-        predicted = flow.estimate(x, when, **cond).combine(a, b)
-    loss = (predicted - linear(a, data, b, noise)).square().flatten(1).mean(1)
-    if weight is not None:
-        loss = per_sample(weight(point), loss) * loss
-    return loss.mean() if reduction == "mean" else loss
-
-
-def _times(flow: Flow, n: int, t: Times, generator: torch.Generator | None) -> Tensor:
-    """Flow times of shape (n,), float64 on the host: as given, or drawn inside the path's window."""
-    if t is None or callable(t):
-        first, last = flow.path.window
-        u = (times.uniform if t is None else t)(n, generator)
-        return first + (last - first) * u
-    when = torch.as_tensor(t, dtype=torch.float64).cpu()
-    if when.ndim == 0:
-        return when.expand(n)
-    if when.shape != (n,):
-        raise ValueError(f"t has shape {tuple(when.shape)}; expected a float or one time a sample, ({n},)")
-    return when
+def _objective(target: str | Prediction | None, t: Times, weight: Weights) -> tuple[Objective, float | Tensor | None]:
+    """The objective of a call, and its times where they are given; functions are what their keyword says."""
+    given = not (callable(t) or isinstance(t, Density | Weight)) or isinstance(t, Tensor)
+    if not given and callable(t) and not isinstance(t, Density | Weight):
+        t = times.Drawn(t)
+    if weight is not None and callable(weight) and not isinstance(weight, Density | Weight):
+        weight = weights.Own(weight)
+    density = times.uniform if given else t
+    objective = Objective(target, density, weights.one if weight is None else weight)  # type: ignore[arg-type]
+    return objective, t if given else None  # type: ignore[return-value]

@@ -7,17 +7,20 @@ $$ \mathrm{lr}(n) = \mathrm{lr}\cdot\min\Bigl(1, \frac{n+1}{W}\Bigr)\cdot
 
 and an exponential moving average of the weights.
 
+A step may be made of several batches (`accumulate`), whose gradients are averaged.
+
 All randomness of step $n$ (the batch, times, noise, dropout) is a function of (seed, n): the loss receives a
 generator seeded for the step, and torch's global generators are seeded alike around it and put back
 afterwards. The state is therefore weights, moments and counters, no generator, and a run that was interrupted
-gives the weights of one that was not.
+gives the weights of one that was not. The state is written beside the former one, flushed to the disk and put in its
+place by one rename: whenever the process is killed, a whole state is left.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,8 +32,12 @@ from torch import Tensor, nn
 from flowsolve._bounds import require_plain
 from flowsolve._optional import require
 from flowsolve.training.ema import EMA
+from flowsolve.training.power_ema import PowerEMA
 
 __all__ = ["Trainer"]
+
+LATER = {"accumulate": 1, "ema_widths": ()}
+"""Settings that states of earlier versions lack."""
 
 
 class Trainer:
@@ -38,7 +45,8 @@ class Trainer:
 
     Args:
         module: the network; trained in place, on its device.
-        loss: loss(generator) draws a batch with the host generator it is given and returns a scalar.
+        loss: loss(generator) draws a batch with the host generator it is given and returns a scalar; called
+            `accumulate` times a step.
         steps: N, the length of the whole run, which the learning rate decays over.
         lr: peak learning rate.
         warmup: W, steps of linear warm-up.
@@ -49,14 +57,20 @@ class Trainer:
         ema_decay: decay of the averaged weights.
         seed: seed of the run.
         log_every: steps whose mean loss makes one entry of `losses`.
+        accumulate: batches a step, whose mean gradient is taken.
+        ema_widths: relative widths of further averages, each a `PowerEMA`.
+        extra: what the loss itself learns beside the module, with a state_dict: learned weights, whose parameters are
+            trained too (without weight decay or clipping), or densities.
+        declared: plain values that a resumed run must agree on, such as what it is trained on.
 
     Attributes:
         step: steps done.
         ema: the averaged weights, an `EMA`; `ema.module` is the trained network.
+        powers: the averages of `ema_widths`.
         losses: mean loss of each completed stretch of `log_every` steps.
 
     Raises:
-        ValueError: steps, log_every or lr not positive, warmup negative.
+        ValueError: steps, log_every, accumulate or lr not positive, warmup negative.
     """
 
     def __init__(
@@ -74,15 +88,20 @@ class Trainer:
         ema_decay: float = 0.999,
         seed: int = 0,
         log_every: int = 100,
+        accumulate: int = 1,
+        ema_widths: Sequence[float] = (),
+        extra: Sequence[Any] = (),
+        declared: Mapping[str, Any] | None = None,
     ) -> None:
-        if steps < 1 or log_every < 1 or warmup < 0 or not lr > 0:
+        if steps < 1 or log_every < 1 or warmup < 0 or accumulate < 1 or not lr > 0:
             raise ValueError(
-                f"steps = {steps}, log_every = {log_every}, warmup = {warmup}, lr = {lr}; "
-                "expected steps and log_every >= 1, warmup >= 0 and lr > 0"
+                f"steps = {steps}, log_every = {log_every}, warmup = {warmup}, accumulate = {accumulate}, lr = {lr}; "
+                "expected steps, log_every and accumulate >= 1, warmup >= 0 and lr > 0"
             )
         self.settings = {
             "steps": steps, "lr": lr, "warmup": warmup, "final_lr": final_lr, "weight_decay": weight_decay,
             "betas": tuple(betas), "clip": clip, "ema_decay": ema_decay, "seed": seed, "log_every": log_every,
+            "accumulate": accumulate, "ema_widths": tuple(float(w) for w in ema_widths), **(declared or {}),
         }  # fmt: skip
         self.module = module
         self.loss = loss
@@ -93,8 +112,15 @@ class Trainer:
         self.clip = clip
         self.seed = seed
         self.log_every = log_every
+        self.accumulate = accumulate
         self.ema = EMA(module, ema_decay)
-        self.optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=betas, weight_decay=weight_decay)
+        self.powers = [PowerEMA(module, std) for std in ema_widths]
+        self.extra = list(extra)
+        learned = [p for e in self.extra if isinstance(e, nn.Module) for p in e.parameters()]
+        groups: list[dict[str, Any]] = [{"params": list(module.parameters()), "weight_decay": weight_decay}]
+        if learned:
+            groups.append({"params": learned, "weight_decay": 0.0})
+        self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay)
         self.step = 0
         self.losses: list[float] = []
         self._sum = torch.zeros((), dtype=torch.float32)  # of the losses since the last entry; read once an entry
@@ -112,6 +138,7 @@ class Trainer:
         checkpoint: str | Path | None = None,
         every: int = 1000,
         progress: bool = False,
+        watch: Callable[[Trainer], None] | None = None,
     ) -> nn.Module:
         """Train up to a step, or to the end.
 
@@ -120,6 +147,7 @@ class Trainer:
             checkpoint: file that the full state is saved to every `every` steps and at the end.
             every: steps between checkpoints.
             progress: show a bar (needs tqdm).
+            watch: called with this trainer after every checkpoint's step, before the state is saved.
 
         Returns:
             The averaged network, `ema.module`.
@@ -139,9 +167,12 @@ class Trainer:
                     self._log()
                     if bar is not None:
                         bar.set_postfix(loss=f"{self.losses[-1]:.5f}")
-                if checkpoint is not None and (self.step % every == 0 or self.step == last):
+                if self.step % every == 0 or self.step == last:
                     self._require_finite(float(self._sum))
-                    self.save(checkpoint)
+                    if watch is not None:
+                        watch(self)
+                    if checkpoint is not None:
+                        self.save(checkpoint)
         finally:
             if bar is not None:
                 bar.close()
@@ -150,16 +181,21 @@ class Trainer:
     def _advance(self) -> None:
         """One step of gradient descent."""
         with self._randomness() as generator:
-            loss = self.loss(generator)
             self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            total: Any = 0.0
+            for _ in range(self.accumulate):
+                loss = self.loss(generator)
+                (loss / self.accumulate if self.accumulate > 1 else loss).backward()
+                total = total + loss.detach().float()
         if self.clip is not None:
             nn.utils.clip_grad_norm_(self.module.parameters(), self.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
         self.optimizer.step()
         self.ema.update()
-        self._sum = self._sum.to(loss.device) + loss.detach().float()
+        for power in self.powers:
+            power.update()
+        self._sum = self._sum.to(total.device) + (total / self.accumulate if self.accumulate > 1 else total)
         self.step += 1
 
     @contextmanager
@@ -197,6 +233,8 @@ class Trainer:
             "module": self.module.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "powers": [p.state_dict() for p in self.powers],
+            "extra": [e.state_dict() for e in self.extra],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -206,11 +244,16 @@ class Trainer:
             ValueError: the state is of a run with other settings.
         """
         for name, value in self.settings.items():
-            if state["settings"][name] != value:
-                raise ValueError(f"the state has {name} = {state['settings'][name]}, this run has {value}")
+            former = state["settings"].get(name, LATER.get(name))
+            if former != value:
+                raise ValueError(f"the state has {name} = {former}, this run has {value}")
         self.module.load_state_dict(state["module"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for kept, part in zip(
+            (*self.powers, *self.extra), (*state.get("powers", ()), *state.get("extra", ())), strict=True
+        ):
+            kept.load_state_dict(part)
         self.losses = [float(v) for v in state["losses"]]
         self._sum = state["sum"]
         self.step = int(state["step"])
@@ -220,7 +263,10 @@ class Trainer:
         file = Path(file)
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_name(file.name + ".part")
-        torch.save(self.state_dict(), part)
+        with part.open("wb") as stream:
+            torch.save(self.state_dict(), stream)
+            stream.flush()
+            os.fsync(stream.fileno())
         os.replace(part, file)
 
     def load(self, file: str | Path) -> None:

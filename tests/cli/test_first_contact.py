@@ -20,7 +20,7 @@ from flowsolve._version import __version__
 pytest.importorskip("typer")
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("demo", "inspect", "nll", "sample", "train")
+COMMANDS = ("demo", "inspect", "nll", "reflow", "sample", "train")
 HELP = """
 import runpy, sys
 for arguments in [["--version"], ["--help"], [], *[[c, "--help"] for c in sys.argv[1:]], ["--show-completion", "bash"]]:
@@ -107,7 +107,7 @@ def test_a_missing_package_names_every_extra() -> None:
         _optional.require("nowhere", "runs", "a picture")
     assert str(caught.value) == (
         f"a picture needs nowhere, which is not installed: {install('runs')} "
-        "(the extras are cli, diffusers, runs, train, bridges, bench)"
+        "(the extras are cli, diffusers, runs, train, bridges, ot, bench)"
     )
 
 

@@ -7,14 +7,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+import flowsolve as fs
 from flowsolve import adapters
 from flowsolve._optional import install
 from flowsolve.cli import build, main
 from flowsolve.paths import CondOT, Discrete
 from flowsolve.training import Trainer
+from flowsolve.transforms import Range
 
 for package in ("typer", "diffusers", "sklearn"):
     pytest.importorskip(package)
@@ -41,7 +44,7 @@ def test_a_few_steps_write_a_checkpoint(tmp_path: Path, model: str, path: object
     assert record["recipe"]["seed"] == 3
     assert set(record["loss"]) == {"train", "held_out"}
     names = {p.name for p in (tmp_path / "out").iterdir()}
-    assert names == {"model_index.json", "scheduler", "training.json", "unet"}
+    assert names == {"losses.csv", "model_index.json", "scheduler", "training.json", "unet"}
     again = run(tmp_path / "again", "--model", model, "--seed", "3")
     assert again.exit_code == 0
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "again" / WEIGHTS).read_bytes()
@@ -85,6 +88,85 @@ def test_errors_are_one_line(tmp_path: Path, options: list[str], code: int, mess
     result = run(tmp_path / "out", *options)
     assert result.exit_code == code
     assert message in " ".join(result.output.split())
+
+
+def shades(n: int, size: int = 12, channels: int = 3, seed: int = 0) -> Any:
+    rng = np.random.default_rng(seed)
+    shape = (n, size, size, channels) if channels > 1 else (n, size, size)
+    return rng.integers(0, 256, shape, dtype=np.uint8)
+
+
+@pytest.mark.parametrize("classes", [False, True])
+def test_a_folder_of_pngs_from_end_to_end(tmp_path: Path, classes: bool) -> None:
+    """What a user does: a folder, train, load, sample, bits/dim, and with classes guidance."""
+    image = pytest.importorskip("PIL.Image")
+    for i, pixels in enumerate(shades(24)):
+        file = tmp_path / "images" / ("cats" if i % 3 else "dogs") / f"{i:02d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        image.fromarray(pixels).save(file)
+    options = ["--classes"] if classes else []
+    result = run(tmp_path / "out", "--data", str(tmp_path / "images"), *options)
+    assert result.exit_code == 0, result.output
+    flow = adapters.load(tmp_path / "out")
+    assert flow.transform == Range(-1.0, 1.0, levels=256)
+    cond = {"class_labels": torch.tensor([0, 1, 2])} if classes else {}
+    x = fs.sample(flow, (3, 3, 12, 12), nfe=4, seed=0, cond=cond).x
+    assert flow.transform.pixels(x).dtype == torch.uint8
+    images = torch.as_tensor(shades(3, seed=1)).permute(0, 3, 1, 2)
+    assert fs.bits_per_dim(flow, images, nfe=16, cond=cond).bpd.isfinite().all()
+    record = json.loads((tmp_path / "out/training.json").read_text())
+    assert record["images"] == {"train": 22, "held_out": 2}
+    assert record["classes"] == (["cats", "dogs"] if classes else [])
+    assert set(record["loss"]) == {"train", "held_out"}
+    if classes:
+        null = {"class_labels": torch.tensor([2])}
+        guided = fs.guidance.ClassifierFree(flow, 2.0, unconditional=null)
+        assert guided.velocity(x[:1], 0.5, class_labels=torch.tensor([1])).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("a.npy", []),
+        ("a.npz", ["--classes", "--coupling", "exact", "--times", "logit-normal"]),
+        ("a.npz:images", ["--times", "cosmap", "--accumulate", "2", "--clip", "0"]),
+        ("few.npy", ["--levels", "4", "--times", "stratified"]),
+    ],
+)
+def test_arrays(tmp_path: Path, name: str, options: list[str]) -> None:
+    grey = shades(12, size=8, channels=1)
+    np.save(tmp_path / "a.npy", grey)
+    np.savez(tmp_path / "a.npz", images=grey, labels=np.arange(12) % 3)
+    np.save(tmp_path / "few.npy", grey // 64)
+    result = run(tmp_path / "out", "--data", str(tmp_path / name), *options)
+    assert result.exit_code == 0, result.output
+    flow = adapters.load(tmp_path / "out")
+    assert flow.transform == Range(-1.0, 1.0, levels=4 if "few" in name else 256)
+
+
+def test_images_that_do_not_do(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+
+    def refused(data: Path | str, *options: str) -> str:
+        result = run(tmp_path / f"out{len(list(tmp_path.iterdir()))}", "--data", str(data), *options)
+        assert result.exit_code == 1
+        return " ".join(result.output.split())
+
+    folder = tmp_path / "images"
+    folder.mkdir()
+    image.fromarray(shades(1)[0]).save(folder / "a.png")
+    assert "lies in no folder of its own" in refused(folder, "--classes")
+    image.fromarray(shades(1, size=14)[0]).save(folder / "b.png")
+    assert "b.png has shape (3, 14, 14); expected that of" in refused(folder)
+    (folder / "b.png").write_bytes((folder / "a.png").read_bytes()[:100])
+    assert "b.png: it cannot be read as an image" in refused(folder)
+    np.save(tmp_path / "odd.npy", shades(4, size=9, channels=1))
+    assert "9×9 pixels; expected even numbers" in refused(tmp_path / "odd.npy")
+    assert "the images run from" in refused(tmp_path / "odd.npy", "--levels", "4")
+    assert "has no classes" in refused(tmp_path / "odd.npy", "--classes")
+    np.savez(tmp_path / "bad.npz", images=shades(4, channels=1), labels=np.arange(3))
+    assert "labels have shape (3,)" in refused(tmp_path / "bad.npz", "--classes")
+    assert "times = 'sometimes' is not known" in refused("digits", "--times", "sometimes")
 
 
 def test_help_lists_the_command() -> None:

@@ -302,6 +302,25 @@ def test_a_fixed_step_can_be_captured(cuda: ModuleType) -> None:
     torch.testing.assert_close(out, 1.0 + 0.075 * k)
 
 
+@on_device
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(5, 3), (4, 3, 8, 8), (1, 4099)])
+def test_combinations(shape: tuple[int, ...], dtype: torch.dtype, cuda: ModuleType) -> None:
+    """Against float64: each term is rounded once as a product and once as a sum at most."""
+    for count in (2, 3, 4, 16):
+        tensors = [numbers(*shape, dtype=dtype, seed=i) for i in range(count)]
+        weights = [0.01, *(1.7 / (i + 1) for i in range(count - 1))]
+        found = kernels.combination(weights, tensors)
+        assert found is not None
+        assert found.dtype is dtype
+        terms = [w * v.double() for w, v in zip(weights, tensors, strict=True)]
+        allowed = 2 * count * torch.finfo(dtype).eps * sum(t.abs() for t in terms)
+        assert bool(((found.double() - sum(terms)).abs() <= allowed).all())
+    assert kernels.combination([1.0], tensors[:1]) is None
+    assert kernels.combination([1.0] * 17, [tensors[0]] * 17) is None
+    assert kernels.combination([1.0] * 3, [tensors[0], tensors[0].to(torch.float16), tensors[0]]) is None
+
+
 @pytest.mark.skipif(INTERPRETED, reason="is what runs this")
 def test_in_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).resolve())]
@@ -325,7 +344,16 @@ def test_kernels_compile_and_read_16_bytes_at_a_time(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     function = getattr(cuda, kernel)
     for dtype, kind in cuda.KINDS.items():
-        settings = {"M": 6, "COLUMNS": 1, "KIND": kind, "MAXIMUM": True, "R": 1, "C": cuda.TILE, "ALIGNED": True}
+        settings = {
+            "M": 6,
+            "COLUMNS": 1,
+            "KIND": kind,
+            "BASE": True,
+            "MAXIMUM": True,
+            "R": 1,
+            "C": cuda.TILE,
+            "ALIGNED": True,
+        }
         constants = {p.name: settings[p.name] for p in function.params if p.is_constexpr}
         signature = {p.name: "constexpr" if p.is_constexpr else "i64" for p in function.params}
         options = {"num_warps": cuda.WARPS[dtype], "enable_fp_fusion": True}

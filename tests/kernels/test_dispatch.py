@@ -102,12 +102,12 @@ def test_a_fixed_grid_on_an_ode(solver: Any, mode: str, device: str) -> None:
     short, long = dispatched(12), dispatched(60)
     assert long.reads == short.reads
     assert not long.sent
-    assert long.all["linalg_vector_norm"] == len(checks(60 // solver.evaluations))  # one magnitude, set aside there
+    assert long.all["amax"] == len(checks(60 // solver.evaluations))  # one magnitude, set aside there
 
 
 def test_at_most_16_magnitudes_are_set_aside() -> None:
     seen, _ = sampled(Euler(), 640, "cpu")
-    assert seen.all["linalg_vector_norm"] == 16
+    assert seen.all["amax"] == 16
 
 
 # --- adaptive steps --------------------------------------------------------------------------------------------------
@@ -164,8 +164,8 @@ def test_a_first_step_that_is_given_saves_a_read(reads: list[int]) -> None:
 BOUNDS = {  # dispatched operations of an attempt with 6 evaluations, one of them the field's own
     ("solve", "torch"): 101,  # a product and a sum for each slope, not one operation that may fuse them
     ("solve", "fused"): 19,
-    ("sample", "torch"): 319,
-    ("sample", "fused"): 237,
+    ("sample", "torch"): 164,
+    ("sample", "fused"): 82,
 }
 
 
@@ -182,9 +182,9 @@ def test_the_operations_of_an_adaptive_step_are_few(what: str, mode: str) -> Non
     assert scalars == (0 if what == "solve" else 1)  # whether any sample's time has no estimate: times are on the host
 
 
-@pytest.mark.parametrize(("what", "most"), [("solve", 8), ("sample", 26)])
+@pytest.mark.parametrize(("what", "most"), [("solve", 8), ("sample", 8)])
 def test_what_an_adaptive_step_sends_to_a_device(what: str, most: int, reads: list[int]) -> None:
-    """Step sizes, times and, on flows, coefficients, (B,) each: with the twin, of Dopri5."""
+    """The weights of each stage, by the twin, of Dopri5; times and coefficients of a flow go as one."""
     runs = [solved(what, Dopri5(max_step=0.05), "meta", end) for end in (0.5, 1.0)]
     found = per_attempt(lambda seen: seen.sent.total(), *runs)
     print(what, found)

@@ -32,7 +32,8 @@ PARTS = ("unet", "transformer")
 SCALE = 0.18215
 """The scaling_factor of an AutoencoderKL whose configuration is older than that entry, as its class has it."""
 TRANSFORMS = {"digits": digits.TRANSFORM}
-"""The data sets of `flowsolve train`."""
+"""Data sets of `flowsolve train` whose records may lack their number of levels."""
+MOST_LEVELS = 2**16
 MARKS = re.compile(
     r"(?:^|[-_/. ])(turbo|lcm|tcd|lightning|schnell|hyper-?sd\w*|dmd2?|consistency)(?=$|[-_/. \d])", re.IGNORECASE
 )
@@ -245,7 +246,7 @@ def _latent(vae: Mapping[str, Any]) -> Latent | None:
 
 
 def _recorded(root: Path) -> tuple[Range | None, list[str]]:
-    """What the data of a checkpoint of `flowsolve train` are, by the name in its record, and the evidence."""
+    """What the data of a checkpoint of `flowsolve train` are, by its record, and the evidence."""
     file = root / "training.json"
     try:
         record = read_json(file) if file.is_file() else {}
@@ -254,6 +255,14 @@ def _recorded(root: Path) -> tuple[Range | None, list[str]]:
     recipe, versions = record.get("recipe"), record.get("versions")
     ours = isinstance(recipe, Mapping) and isinstance(versions, Mapping) and "flowsolve" in versions
     name = recipe.get("data") if ours and isinstance(recipe, Mapping) else None
-    if not isinstance(name, str) or name not in TRANSFORMS:
+    if not isinstance(name, str):
         return None, []
-    return TRANSFORMS[name], [f"training.json: flowsolve train on {name}, {TRANSFORMS[name].levels} levels"]
+    levels = recipe.get("levels") if isinstance(recipe, Mapping) else None
+    if isinstance(levels, int) and 2 <= levels <= MOST_LEVELS:
+        transform = Range(-1.0, 1.0, levels=levels)
+    elif name in TRANSFORMS:
+        transform = TRANSFORMS[name]
+    else:
+        return None, []
+    known = f" on {name}" if name in TRANSFORMS else ""  # any other is a path of who trained it
+    return transform, [f"training.json: flowsolve train{known}, {transform.levels} levels"]
