@@ -32,6 +32,7 @@ from flowsolve.sde.motion import BrownianPath, Fresh, Motion
 from flowsolve.sde.problem import NOISE_TYPES, SDE_TYPES, Problem
 from flowsolve.sde.reversible import WayBack
 from flowsolve.sde.schemes import SCHEMES, SRK, Carry, EulerMaruyama, ReversibleHeun, Scheme, StochasticHeun
+from flowsolve.sde.trees import Packing
 from flowsolve.solution import Solution
 
 __all__ = ["march", "solve_sde"]
@@ -41,9 +42,9 @@ MODES = ("direct", "checkpoint", "adjoint")
 
 @eager
 def solve_sde(
-    f: Callable[..., Tensor],
+    f: Callable[..., Any],
     g: Callable[..., Any],
-    y0: Tensor,
+    y0: Any,
     t0: float,
     t1: float,
     *,
@@ -69,7 +70,8 @@ def solve_sde(
     Args:
         f: the drift, (t, y, \*args) → (B, \*S), with t 0-dimensional.
         g: the diffusion, (t, y, \*args) → what its `noise_type` says.
-        y0: the initial state, (B, \*S).
+        y0: the initial state, (B, \*S), or a tree (tuple, list, dict) of such tensors: f and g are given and return
+            the same tree.
         t0, t1: the interval, t0 < t1. (A reverse-time SDE runs in the time τ = −t.)
         steps: how many equal steps, or all times of the grid from t0 to t1.
         rtol, atol: tolerances, in place of a grid: every sample finds steps of its own (`flowsolve.sde.adaptive`); the
@@ -131,7 +133,11 @@ def solve_sde(
     start, end = _number(t0, "t0"), _number(t1, "t1")
     if end < start:
         raise ValueError(f"t0 = {start:g}, t1 = {end:g}; expected t0 <= t1: write a reverse-time SDE in the time -t")
-    y = state(y0)
+    packing = None if isinstance(y0, Tensor) else Packing(y0)
+    y = state(y0) if packing is None else packing.pack(y0)
+    functions: list[Any] = [f, g]
+    if packing is not None:
+        f, g = packing.fed(f, "f"), packing.fed(g, "g", noise_type)
     check_resolution(start, end, y.dtype)
     control = _control(rtol, atol, steps, max_steps, scheme, noise_type, f)
     nodes = [start, end] if control else _nodes(steps, start, end)
@@ -153,10 +159,12 @@ def solve_sde(
         states, solution = pursue(problem, scheme, y, motion, control, looks or (), gradient)
     else:
         mode = gradient if torch.is_grad_enabled() else "direct"
-        functions = [f, g, *problem.args, *(params or ())]
+        functions += [*problem.args, *(params or ())]
         states, solution = march(problem, scheme, y, nodes, motion, looks or (), mode, functions, progress)
     if looks is not None:
         solution = replace(solution, x=torch.stack(states), t_eval=torch.tensor(looks, dtype=torch.float64))
+    if packing is not None:
+        solution = replace(solution, x=packing.unpack(solution.x, lead=0 if looks is None else 1))
     return solution.raise_on_failure() if throw else solution
 
 

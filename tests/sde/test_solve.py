@@ -114,6 +114,55 @@ def test_further_arguments() -> None:
     assert torch.equal(with_args.x, closed.x)
 
 
+@pytest.mark.parametrize("noise_type", ["diagonal", "scalar", "additive", "general", "number"])
+@pytest.mark.parametrize(
+    "steps", [{"steps": 8}, {"rtol": 1e-2, "atol": 1e-2, "solver": SRK()}], ids=["grid", "adaptive"]
+)
+def test_trees(noise_type: str, steps: dict[str, Any]) -> None:
+    """A tree is the packed state: elements side by side, the same motions."""
+    if noise_type == "general" and "atol" in steps:
+        steps = {"steps": 5}  # SRK has no general noise
+
+    def value(t: Tensor, y: Tensor) -> Any:
+        if noise_type == "number":
+            return 0.2
+        if noise_type == "additive":
+            return (0.2 + 0 * y) * (1 + t)
+        return torch.stack((0.2 * y, y.cos()), -1) if noise_type == "general" else 0.2 * y.cos()
+
+    def h(t: Tensor, y: dict[str, Tensor]) -> Any:
+        assert y["a"].shape == (4, 2, 3)
+        assert y["b"].dtype == torch.float32
+        t = t.reshape(-1, 1) if t.ndim else t
+        if noise_type == "number":
+            return 0.2
+        return {"a": value(t if not t.ndim else t[..., None], y["a"]), "b": value(t, y["b"])}
+
+    kind = "additive" if noise_type == "number" else noise_type
+    y0 = {"a": torch.rand(4, 2, 3, dtype=torch.float64), "b": torch.rand(4, 2)}
+    options: dict[str, Any] = {"noise_type": kind, "t_eval": [0.4, 1.0], "seed": 3, "noise": "brownian", **steps}
+    sol = fs.solve_sde(lambda t, y: {"a": -y["a"], "b": -y["b"]}, h, y0, 0.0, 1.0, **options)
+    packed = torch.cat((y0["a"].flatten(1), y0["b"].double()), 1)
+    flat = fs.solve_sde(lambda t, y: -y, value, packed, 0.0, 1.0, **options).x
+    assert isinstance(sol.x, dict)
+    torch.testing.assert_close(sol.x["a"], flat[..., :6].reshape(2, 4, 2, 3), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(sol.x["b"].double(), flat[..., 6:], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("y0", "error", "match"),
+    [
+        ((), TypeError, "holds no tensor"),
+        ((torch.zeros(2, 1), torch.zeros(3, 1)), ValueError, "the same first dimension"),
+        ((torch.zeros(2, 1), 1.0), TypeError, "holds a 1.0"),
+        ([torch.zeros(2, 1), torch.zeros(2, 3)], ValueError, "expected the structure of y0"),
+    ],
+)
+def test_trees_that_are_no_state(y0: Any, error: Any, match: str) -> None:
+    with pytest.raises(error, match=match):
+        fs.solve_sde(lambda t, y: y[:1], lambda t, y: y, y0, 0.0, 1.0, steps=2)
+
+
 # --- gradients -------------------------------------------------------------------------------------------------------
 
 
