@@ -134,7 +134,7 @@ class Noise:
         """Normals of intervals of each sample's own, (T, B) addresses: (T, B, *S), in `like`'s dtype, on its device."""
         count = math.prod(like.shape[1:])
         number, low, high = self._table(like.device).unsqueeze(1).unbind(-1)
-        address = torch.from_numpy(intervals).to(like.device, non_blocking=like.is_cpu).unsqueeze(-1)
+        address = torch.from_numpy(intervals).to(like.device, non_blocking=True).unsqueeze(-1)
         blocks = torch.arange(-(-count // 4), device=like.device)
         counter = (blocks, address & MASK, number, stream | (address >> 32) << 8)
         x = gaussian(torch.stack(philox(counter, (low, high)), dim=-1).flatten(2), _work(like))

@@ -10,8 +10,9 @@ Nothing of torchsde is installed or run.
 | `srk` | the same with additive noise (SRA1); Rößler's SRI1W1 in place of SRID2 with diagonal and scalar noise |
 
 With the same increments (`bm=`, torchsde's own objects included) the same schemes give the same states to rounding,
-but for two deviations: Milstein's term for scalar noise is (∂g/∂y) g here and its transpose there, which is not the
-same where ∂g/∂y is not symmetric; and `grad_free` takes a difference along f h + g √h here.
+but for two deviations, both of `milstein`: with scalar noise its term is (∂g/∂y) g here and (∂g/∂y)ᵀ g there, which
+does not converge where ∂g/∂y is not symmetric; and `grad_free` takes a central difference for Stratonovich's equation
+here, and there a one-sided one, whose error W², unlike W² − h, does not average out: order ½.
 
 What differs:
 

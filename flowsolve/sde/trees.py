@@ -74,7 +74,7 @@ class Packing:
             expected = [(len(y), *shape, *tail) for shape in self.shapes]
             if spec != self.spec or shapes != expected:
                 raise ValueError(
-                    f"{name}(t, y) returned tensors of shape {shapes}; expected the structure of y0, of shape {expected}"
+                    f"{name}(t, y) returned tensors of shape {shapes}; expected the structure of y0, {expected}"
                 )
             return torch.cat([v.to(self.dtype).reshape(len(y), -1, *tail) for v in leaves], 1)
 
