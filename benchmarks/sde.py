@@ -11,7 +11,7 @@ costs once is part of it. Libraries take turns within a repetition, ratios are t
 **Error.** The root mean square distance to the closed form on the same path (a `BrownianInterval` of
 `flowsolve.compat.torchsde`, handed to both), in float64, at the same steps: geometric Brownian motion,
 $X = \arctan(pW + \tan X_0)$, and a linear equation with additive noise (Kloeden & Platen 1992, 4.4); and the slope of
-log error over log steps.
+log error over log steps; and how often the drift is asked for in a step.
 """
 
 from __future__ import annotations
@@ -107,6 +107,33 @@ def _problems() -> list[tuple[str, str, str, str, Any, Any, Any]]:
     return [*rows, *(("linear", "additive", "ito", m, *linear) for m in ("euler", "srk"))]
 
 
+def _evaluations(f: Any, g: Any, noise: str, kind: str, method: str, y0: Tensor) -> dict[str, float]:
+    """How often each library asks for the drift in a step, from solves of 64 and 128 steps."""
+    torchsde, calls = available("torchsde"), 0
+
+    def counted(t: Tensor, y: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return f(t, y)
+
+    def ours(n: int) -> None:
+        fs.solve_sde(counted, g, y0, 0.0, 1.0, steps=n, solver=method, noise_type=noise, sde_type=kind)
+
+    def theirs(n: int) -> None:
+        sde = SimpleNamespace(f=counted, g=g, noise_type=noise, sde_type=kind)
+        torchsde.sdeint(sde, y0, torch.tensor([0.0, 1.0], dtype=torch.float64), method=method, dt=1.0 / n)
+
+    found = {}
+    for name, solve in {"ours": ours, **({"torchsde": theirs} if torchsde else {})}.items():
+        counts = []
+        for n in (64, 128):
+            calls = 0
+            solve(n)
+            counts.append(calls)
+        found[name] = (counts[1] - counts[0]) / 64
+    return found
+
+
 def _errors(quick: bool) -> list[dict[str, Any]]:
     """Root mean square errors of both libraries on the same path."""
     torchsde, count = available("torchsde"), 50 if quick else 400
@@ -136,10 +163,12 @@ def _errors(quick: bool) -> list[dict[str, Any]]:
             row["torchsde"] = [
                 error(torchsde.sdeint(sde, y0, ends, bm=bm, method=method, dt=1.0 / n)[-1]) for n in STEPS
             ]
+        row["evaluations"] = _evaluations(f, g, noise, kind, method, y0[:1])
         row["order"] = -float(np.polyfit(np.log(STEPS), np.log(row["ours"]), 1)[0])
         rows.append(row)
         known = f"{row['torchsde'][-1]:12.2e}" if torchsde else ""
-        print(f"{name:<12}{noise:<10}{method:<12}{row['ours'][-1]:12.2e}{known}   order {row['order']:.2f}", flush=True)
+        told = f"   order {row['order']:.2f}   f a step {row['evaluations']}"
+        print(f"{name:<12}{noise:<10}{method:<12}{row['ours'][-1]:12.2e}{known}{told}", flush=True)
     return rows
 
 

@@ -24,7 +24,8 @@ REASONS = {
 
 STIFF = (
     "If steps stay far below the solution's own time scale at any tolerance, the problem is stiff and wants an "
-    "implicit method, for an ODE solver=flowsolve.solvers.bridges.Torchdiffeq('scipy_solver', options={'solver': 'Radau'}). "
+    "implicit method, for an ODE "
+    "solver=flowsolve.solvers.bridges.Torchdiffeq('scipy_solver', options={'solver': 'Radau'}). "
 )
 MENDS = {
     Status.NONFINITE: "Look at the field there; on a fixed grid, take more steps. ",
