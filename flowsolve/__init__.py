@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         predictions,
         problems,
         runs,
+        sde,
         solvers,
         training,
         transforms,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from flowsolve.likelihood.log_prob import log_prob, sample_log_prob
     from flowsolve.ode import solve
     from flowsolve.predictions import Estimate, Prediction, Row
+    from flowsolve.sde import solve_sde
     from flowsolve.snapshot import Snapshot
     from flowsolve.solution import Solution, SolverError
     from flowsolve.solvers import Status
@@ -45,6 +47,7 @@ _HOME = {
     "likelihood": ("bits_per_dim", "log_prob", "sample_log_prob", "variational_bound"),
     "ode": ("solve",),
     "predictions": ("Estimate", "Prediction", "Row"),
+    "sde": ("solve_sde",),
     "snapshot": ("Snapshot",),
     "solution": ("Solution", "SolverError"),
     "solvers": ("Status",),
@@ -80,8 +83,10 @@ __all__ = [
     "runs",
     "sample",
     "sample_log_prob",
+    "sde",
     "shared",
     "solve",
+    "solve_sde",
     "solvers",
     "training",
     "transforms",

@@ -8,10 +8,10 @@ Box and Muller's transform,
 $$ \sqrt{-2\ln u_1}\,(\cos 2\pi u_2,\ \sin 2\pi u_2), \qquad u = (w + \tfrac12)\,2^{-32}. $$
 
 Streams keep the uses of one sample apart: its start, its steps, its trace probes, its dequantisation, its Brownian
-path (`flowsolve.brownian`), its variational bound. The interval of a step is addressed by the time at which it starts,
-so a solve in pieces draws what the whole draws. Words are exact integers, and the transform is written in correctly
-rounded operations only, in the dtype asked for (float32 for half precisions): a normal has the same bits on every
-device, whether a fused kernel computed it or plain torch (`flowsolve.kernels.philox`).
+path (`flowsolve.brownian`), its variational bound, the motion of an SDE (`flowsolve.sde`). The interval of a step is
+addressed by the time at which it starts, so a solve in pieces draws what the whole draws. Words are exact integers, and
+the transform is written in correctly rounded operations only, in the dtype asked for (float32 for half precisions): a
+normal has the same bits on every device, by a fused kernel or by plain torch (`flowsolve.kernels.philox`).
 
 A seed names the noise of a whole batch, in which samples are told apart by their numbers. Or each sample has a seed of
 its own: then a sample is its seed, with number 0 unless another is given.
@@ -35,7 +35,7 @@ from flowsolve.kernels.philox import MASK, gaussian, philox, words
 
 __all__ = ["BOUND", "BROWNIAN", "DEQUANTIZE", "PROBE", "START", "STEP", "Noise", "Seed", "interval", "philox"]
 
-START, STEP, PROBE, DEQUANTIZE, BROWNIAN, BOUND = range(6)
+START, STEP, PROBE, DEQUANTIZE, BROWNIAN, BOUND, MOTION, AREA, WITHIN, TREE = range(10)
 AT_ONCE = 1 << 20  # words that the twin computes of several intervals at a time
 
 Seed = int | Sequence[int] | Tensor
@@ -118,6 +118,28 @@ class Noise:
         count = math.prod(like.shape[1:])
         x = gaussian(self.words(stream, interval, count, like.device), _work(like))
         return x[:, :count].reshape(like.shape).to(like.dtype)
+
+    def several(self, stream: int, intervals: Sequence[int], scales: Sequence[float], like: Tensor) -> list[Tensor]:
+        """c_i ξ_i for the normals of several intervals, each of the shape (B, *S), dtype and device of `like`."""
+        table, pairs = self._table(like.device), list(zip(intervals, scales, strict=True))
+        first = kernels.normals(table, stream, *pairs[0], like) if pairs else None
+        if first is not None:
+            rest = [kernels.normals(table, stream, i, c, like) for i, c in pairs[1:]]
+            return [first, *(v for v in rest if v is not None)]
+        count, work = math.prod(like.shape[1:]), _work(like)
+        x = gaussian(self._words(stream, intervals, count, like.device), work)
+        x = x.mul_(torch.tensor(scales, dtype=work).to(like.device, non_blocking=True).view(-1, 1, 1))
+        return list(x[..., :count].reshape(len(pairs), *like.shape).to(like.dtype).unbind(0))
+
+    def own(self, stream: int, intervals: NDArray[np.int64], like: Tensor) -> Tensor:
+        """Normals of intervals of each sample's own, (T, B) addresses: (T, B, *S), in `like`'s dtype, on its device."""
+        count = math.prod(like.shape[1:])
+        number, low, high = self._table(like.device).unsqueeze(1).unbind(-1)
+        address = torch.from_numpy(intervals).to(like.device, non_blocking=True).unsqueeze(-1)
+        blocks = torch.arange(-(-count // 4), device=like.device)
+        counter = (blocks, address & MASK, number, stream | (address >> 32) << 8)
+        x = gaussian(torch.stack(philox(counter, (low, high)), dim=-1).flatten(2), _work(like))
+        return x[..., :count].reshape(len(intervals), *like.shape).to(like.dtype)
 
     def combination(
         self, stream: int, intervals: NDArray[np.int64], weights: NDArray[np.float64], like: Tensor

@@ -340,7 +340,9 @@ class _Layout:
     def __init__(self, y0: Any, batched: bool) -> None:
         leaves, self.spec = tree_flatten(y0)
         self.tree = not isinstance(y0, Tensor)
-        for leaf in leaves or [None]:
+        if not leaves:
+            raise TypeError(f"y0 = {y0!r} holds no tensor; expected a tensor, or a tree of them with one at least")
+        for leaf in leaves:
             if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
                 got = f"dtype {leaf.dtype}" if isinstance(leaf, Tensor) else type(leaf).__name__
                 raise TypeError(f"the state y0 holds a {got}; expected floating-point tensors")

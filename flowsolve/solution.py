@@ -22,10 +22,16 @@ REASONS = {
     Status.MAX_REJECTIONS: "max_rejections steps rejected in a row (the field is not smooth there)",
 }
 
+STIFF = (
+    "If steps stay far below the solution's own time scale at any tolerance, the problem is stiff and wants an "
+    "implicit method, for an ODE "
+    "solver=flowsolve.solvers.bridges.Torchdiffeq('scipy_solver', options={'solver': 'Radau'}). "
+)
 MENDS = {
-    Status.UNDERFLOW: "Loosen rtol and atol, or look at the field there. ",
-    Status.BUDGET: "Raise nfe, or loosen rtol and atol. ",
-    Status.MAX_STEPS: "Raise max_steps, or loosen rtol and atol. ",
+    Status.NONFINITE: "Look at the field there; on a fixed grid, take more steps. ",
+    Status.UNDERFLOW: f"Loosen rtol and atol, or look at the field there. {STIFF}",
+    Status.BUDGET: f"Raise nfe, or loosen rtol and atol. {STIFF}",
+    Status.MAX_STEPS: f"Loosen rtol and atol, or raise max_steps. {STIFF}",
     Status.MAX_REJECTIONS: "Raise max_rejections, or look at the field there. ",
 }
 

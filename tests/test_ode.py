@@ -113,7 +113,7 @@ def test_samples_of_a_tree_have_their_own_steps() -> None:
         ),
         ((torch.ones(2), 1.0), TypeError, "holds a float; expected floating-point tensors"),
         ({"a": torch.ones(2, dtype=torch.int64)}, TypeError, "holds a dtype torch.int64"),
-        ((), TypeError, "holds a NoneType"),
+        ((), TypeError, "holds no tensor"),
         (1.0, TypeError, "holds a float"),
     ],
 )

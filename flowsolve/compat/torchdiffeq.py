@@ -280,8 +280,9 @@ def _times(t: Any, dtype: torch.dtype) -> list[float]:
         raise ValueError("t is mapped by torch.func.vmap, but the solves behind one call share their times")
     times: list[float] = host(t).tolist()
     steps = [b - a for a, b in pairwise(times)]
-    if not all(d > 0 for d in steps) and not all(d < 0 for d in steps):
-        raise ValueError(f"t = {times}; expected strictly increasing or decreasing times")
+    rising_or_falling = all(d > 0 for d in steps) or all(d < 0 for d in steps)
+    if not rising_or_falling or not all(math.isfinite(v) for v in times):
+        raise ValueError(f"t = {times}; expected strictly increasing or decreasing times, all finite")
     if len(times) > 1:
         check_resolution(times[0], times[-1], dtype)
     return times

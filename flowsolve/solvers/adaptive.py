@@ -232,6 +232,8 @@ class Adaptive(RungeKutta):
         else:
             with torch.no_grad():
                 scale = twin.scale(y.abs(), self.atol, self.rtol)
+                if self.atol == 0.0:  # a number that is 0 has no scale yet, and no say in the first step
+                    scale = torch.where(y == 0.0, torch.inf, scale)
                 d0, d1 = control.rounded(host(torch.stack((self.norm(y / scale), self.norm(slope / scale)))))
             finite = np.isfinite(d1)
             with np.errstate(all="ignore"):  # samples that are not finite are ended below
