@@ -8,11 +8,11 @@ r"""The problems that `auto` is chosen on, and those that it is judged on.
 | power law 0.7, of size 0.45 | power law 1.2, of size 0.35 |
 | power law 1.4, of size 0.6 | |
 | latents: 4 × 16 × 16, power law 0.5, of size 1 | latents: power law 0.8, of size 1 |
-| a scale mixture, slopes 0.8, 1, 1.3, contrasts 0.4, 1, 1.8 | a scale mixture, slopes 0.6, 1.1, 1.6, contrasts 0.3, 1, 2 |
+| scale mixture: slopes 0.8, 1, 1.3, contrasts 0.4, 1, 1.8 | scale mixture: slopes 0.6, 1.1, 1.6, contrasts 0.3, 1, 2 |
 | mixtures of 12 in D = 2 and 64 | the mixture in D = 3072; `digits-ddpm`, `digits-condot`, `patches-condot` |
 
-**Paths** (`CHOSEN_PATHS`, `JUDGED_PATHS`): chosen on DDPM's table, VP, CondOT, EDM and the cosine path; judged on Stable
-Diffusion's table, sub-VP, CondOT, VE and the cosine path, and the networks on their own.
+**Paths** (`CHOSEN_PATHS`, `JUDGED_PATHS`): chosen on DDPM's table, VP, CondOT, EDM and the cosine path; judged on
+Stable Diffusion's table, sub-VP, CondOT, VE and the cosine path, and the networks on their own.
 
 Fields are solved in the basis where they are independent (solvers commute with an orthogonal change of basis). Of a
 Gaussian field all coefficients of one standard deviation s are multiplied by one gain G(s), so that a single row, with
@@ -33,7 +33,6 @@ from pathlib import Path as File
 from typing import Any
 
 import torch
-from sections import generative
 from torch import Tensor
 
 import flowsolve as fs
@@ -41,6 +40,7 @@ from flowsolve import adapters
 from flowsolve.kernels import rms
 from flowsolve.paths import EDM, VE, VP, CondOT, Cosine, Discrete, Path, SubVP
 from flowsolve.problems import GaussianMixture, PowerLaw
+from sections import generative
 
 __all__ = ["CHOSEN_ON", "CHOSEN_PATHS", "JUDGED_ON", "JUDGED_PATHS", "NETWORKS", "Case", "cases", "network"]
 
