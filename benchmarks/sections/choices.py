@@ -19,9 +19,9 @@ from typing import Any
 
 from flowsolve.grids import Arctan, Logistic
 from flowsolve.paths import Path
-from flowsolve.solvers import IPNDM, Auto, Multistep
+from flowsolve.solvers import DEIS, IPNDM, Auto, DPMSolverPP, Multistep, UniPC
 
-__all__ = ["Choice", "auto", "candidates"]
+__all__ = ["Choice", "auto", "candidates", "plain", "wide"]
 
 bell = partial(Arctan, center=1.0, width=2.5)
 blend = partial(Logistic, kappa=math.exp(-1.0))
@@ -114,6 +114,67 @@ OPEN_PAIRS = {
     "straight iPNDM2": ("blend -2 to 3", "bell 1, 1.5"),
     "straight iPNDM3": ("bell 1, 1.5", "bell 1, 2.5 -3 to 5"),
 }
+
+
+def plain(path: Path) -> list[Choice]:
+    """The named solvers on the named grids, as a careful user would try them."""
+    named: dict[str, Any] = {
+        "DEIS 2": DEIS(2),
+        "DEIS 3": DEIS(3),
+        "DPM-Solver++ 2": DPMSolverPP(2),
+        "DPM-Solver++ 3": DPMSolverPP(3),
+        "UniPC 2": UniPC(2),
+        "UniPC 3": UniPC(3),
+        "UniPC 3 noise": UniPC(3, form="noise"),
+    }
+    return [Choice(s, g, f"{name} | {g}") for name, s in named.items() for g in ("log_snr", "karras", "uniform")]
+
+
+def wide(path: Path) -> list[Choice]:
+    """Pairs that won on one problem or another of `sections/fields.py`, most of which has structure at every scale."""
+    rows = BOUNDED_WIDE if path.at(0.0).alpha > 0.0 else OPEN_WIDE
+    return [_named(*row) for row in rows]
+
+
+def _named(order: int, form: Any, corrected: bool, variable: str, rule: str, *places: float | None) -> Choice:
+    center, width, since, until = places
+    assert center is not None
+    assert width is not None
+    solver = Multistep(order, form, order if corrected else 0, variable=variable, rule=rule)
+    ends = "".join(f" {word} {v:g}" for word, v in (("from", since), ("to", until)) if v is not None)
+    words = f"{form} {order}{'c' if corrected else ''}{' λ' if variable == 'log_snr' else ''} {rule}"
+    return Choice(solver, Arctan(since, until, center, width), f"{words} | bell {center:g}, {width:g}{ends}")
+
+
+OPEN_WIDE: tuple[tuple[Any, ...], ...] = (
+    (2, 0.5, True, "log_snr", "exact", -1.0, 4.2, -2.0, 3.0),
+    (2, 1.0, True, "log_snr", "exact", 0.0, 2.5, -2.0, 3.0),
+    (3, 0.5, False, "clock", "exact", 0.5, 1.5, -2.0, None),
+    (2, 0.3, True, "log_snr", "exact", 2.0, 2.5, -2.0, 3.0),
+    (2, 0.7, True, "log_snr", "exact", 0.0, 4.0, -3.0, 4.1),
+    (2, 0.2, True, "log_snr", "bh2", 0.0, 6.0, -2.5, 5.0),
+    (2, 0.2, True, "log_snr", "exact", -1.0, 4.0, -3.0, 5.0),
+    (2, 0.1, True, "log_snr", "bh2", 2.0, 10.0, -3.0, 3.8),
+    (2, 0.2, True, "log_snr", "bh2", 2.0, 6.0, -3.5, 5.0),
+    (2, 0.1, True, "clock", "exact", 0.0, 2.5, -2.0, 5.6),
+    (4, 0.3, True, "log_snr", "exact", 0.0, 4.0, -4.0, 5.6),
+    (4, 0.3, True, "clock", "exact", 0.5, 2.5, -3.5, 6.2),
+    (4, 1.0, True, "clock", "exact", 0.5, 2.5, -4.0, 4.4),
+    (4, 0.5, True, "clock", "exact", -1.0, 6.0, -4.0, 5.6),
+)
+BOUNDED_WIDE: tuple[tuple[Any, ...], ...] = (
+    (3, 0.5, True, "log_snr", "exact", -1.0, 6.0, None, 3.0),
+    (3, 1.0, True, "log_snr", "exact", 1.0, 4.0, None, 3.0),
+    (3, 0.2, True, "log_snr", "exact", 1.0, 6.0, None, 3.0),
+    (2, 0.3, False, "log_snr", "exact", 2.0, 4.0, None, 5.0),
+    (2, 0.2, True, "log_snr", "exact", 1.5, 6.0, None, 3.8),
+    (2, 0.2, True, "log_snr", "exact", 0.0, 4.0, None, None),
+    (2, 0.2, True, "log_snr", "bh2", 2.0, 6.0, None, 5.6),
+    (4, 0.2, True, "log_snr", "exact", 0.0, 4.0, None, 5.0),
+    (4, 0.5, True, "log_snr", "exact", 0.0, 6.0, None, 5.6),
+    (4, 1.0, True, "log_snr", "exact", 0.5, 6.0, None, None),
+    (4, 0.5, True, "log_snr", "exact", 0.0, 2.5, None, 5.0),
+)
 
 
 def auto(path: Path, nfe: int) -> Choice:

@@ -6,14 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["draw_errors", "draw_ratios"]
+__all__ = ["axes_of", "draw_errors", "draw_ratios", "ticks"]
 
 COLUMNS = 4
 TICKS = (5, 10, 20, 50, 100)
 KINDS = {"peer": ("best peer", "0.25", "s"), "ours": ("ours, best", "C0", "o"), "auto": ("ours, auto", "C1", "^")}
 
 
-def _axes(panels: int, width: float, height: float) -> tuple[Any, list[Any]]:
+def axes_of(panels: int, width: float, height: float) -> tuple[Any, list[Any]]:
+    """A figure of so many panels, with the axes of each."""
     from matplotlib.figure import Figure
 
     columns = min(COLUMNS, panels)
@@ -25,7 +26,8 @@ def _axes(panels: int, width: float, height: float) -> tuple[Any, list[Any]]:
     return figure, axes
 
 
-def _ticks(ax: Any) -> None:
+def ticks(ax: Any) -> None:
+    """Budgets along the axis, and a grid."""
     from matplotlib.ticker import NullFormatter
 
     low, high = ax.get_xlim()
@@ -38,7 +40,7 @@ def _ticks(ax: Any) -> None:
 
 def draw_errors(file: Path, problems: Mapping[str, Any]) -> None:
     """Median error of every peer pair (grey) and of the best of each kind, one panel a problem."""
-    figure, axes = _axes(len(problems), 3.4, 3.0)
+    figure, axes = axes_of(len(problems), 3.4, 3.0)
     for ax, (name, found) in zip(axes, problems.items(), strict=False):
         pairs: dict[str, list[tuple[int, float]]] = {}
         for run in found["runs"]["peer"]:
@@ -52,7 +54,7 @@ def draw_errors(file: Path, problems: Mapping[str, Any]) -> None:
                 ax.loglog(*zip(*known, strict=True), color=colour, marker=marker, markersize=3.5, label=label)
         ax.set_ylim(top=2.0)
         ax.set_title(name, fontsize=10)
-        _ticks(ax)
+        ticks(ax)
     axes[0].set_ylabel("median relative error")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
@@ -63,7 +65,7 @@ def draw_ratios(file: Path, problems: Mapping[str, Any], judged: Sequence[int], 
     """Our error over the best peer's: the best of ours, and `auto`; below 1 is ahead."""
     from matplotlib.ticker import NullFormatter
 
-    figure, axes = _axes(2, 5.6, 4.0)
+    figure, axes = axes_of(2, 5.6, 4.0)
     for ax, kind, title, limit in zip(axes, ("ours", "auto"), ("our best", "auto"), (1.0, near), strict=True):
         for name, found in problems.items():
             key = f"{kind} / peer"
@@ -74,10 +76,10 @@ def draw_ratios(file: Path, problems: Mapping[str, Any], judged: Sequence[int], 
         ax.axhline(limit, color="0.3", linewidth=1, linestyle=":")
         ax.axvspan(*judged, color="0.95", zorder=0)
         ax.set_title(f"{title} / best peer (dotted: the target, {limit:g})", fontsize=10)
-        ticks = [0.05, 0.1, 0.2, 0.5, 1.0, 2.0]
-        ax.set_yticks(ticks, [f"{t:g}" for t in ticks])
+        levels = [0.05, 0.1, 0.2, 0.5, 1.0, 2.0]
+        ax.set_yticks(levels, [f"{v:g}" for v in levels])
         ax.yaxis.set_minor_formatter(NullFormatter())
-        _ticks(ax)
+        ticks(ax)
     axes[0].set_ylabel("ratio of median errors")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)

@@ -7,7 +7,12 @@ $q_k = (x - \alpha\mu_k)/v_k$
 
 $$ \mathbb E[z \mid x] = \sum_k r_k\,(\mu_k + \alpha s_k^2 q_k), \qquad
    \mathbb E[\varepsilon \mid x] = \sigma \sum_k r_k\,q_k, \qquad
-   \nabla\log p(x) = -\sum_k r_k\,q_k . $$
+   \nabla\log p(x) = -\sum_k r_k\,q_k , $$
+
+and, with $m_k = \mu_k + \alpha s_k^2 q_k$, from $\nabla r_k = r_k\,(\bar q - q_k)$, $\bar q = \sum_j r_j q_j$,
+
+$$ \operatorname{tr}\frac{\partial\,\mathbb E[z\mid x]}{\partial x} =
+   \sum_k r_k \Bigl(\sum_i \frac{\alpha s_{k,i}^2}{v_{k,i}} + m_k\cdot(\bar q - q_k)\Bigr) . $$
 
 Nothing divides by $\alpha$ or $\sigma$, so all of it holds at both ends: at $\alpha = 0$ the responsibilities
 are the weights, at $\sigma = 0$ the data estimate is $x/\alpha$. (Conditioning of Gaussians: Bishop 2006,
@@ -20,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,7 +35,7 @@ from flowsolve.flow import Flow
 from flowsolve.paths import Path, Point
 from flowsolve.predictions import Prediction, resolve
 
-__all__ = ["GaussianMixture"]
+__all__ = ["DATA", "Exact", "GaussianMixture"]
 
 DATA = Point(1.0, 0.0, 0.0, 0.0)  # where x is the data itself
 
@@ -132,9 +137,22 @@ class GaussianMixture:
         mean, pull = self._estimate(x, point)
         return linear(data, mean, noise * point.sigma, pull)
 
+    def trace(self, x: Tensor, point: Point) -> Tensor:
+        """tr ∂E[z | x]/∂x at a point of a path, shape (B,)."""
+        log_joint, pull = self._pulls(x, point)
+        share = log_joint.softmax(1)
+        pull = pull.flatten(2)
+        alpha, sigma = (per_sample(c, pull) for c in point[:2])
+        square = self.std.to(pull).square().expand_as(self.means).flatten(1)
+        gain = alpha * square / (alpha**2 * square + sigma**2)
+        center = self.means.to(pull).flatten(1) + alpha * square * pull
+        mean_pull = torch.einsum("bk,bkd->bd", share, pull).unsqueeze(1)
+        found: Tensor = (share * (gain + center * (mean_pull - pull)).sum(2)).sum(1)
+        return found
+
     def flow(self, path: Path, prediction: str | Prediction = "velocity") -> Flow:
         """The flow whose network outputs exactly what the prediction asks for, finite at both ends."""
-        return Flow(_Exact(self, path, resolve(prediction)), path, prediction)
+        return Flow(Exact(self, path, resolve(prediction)), path, prediction)
 
     def _pulls(self, x: Tensor, point: Point) -> tuple[Tensor, Tensor]:
         """log w_k N(x; αμ_k, v_k), shape (B, K), and q_k, shape (B, K, *S)."""
@@ -157,17 +175,29 @@ class GaussianMixture:
         return (share * (self.means.to(pull) + drift)).sum(1), (share * pull).sum(1)
 
 
-class _Exact:
-    """The network of a mixture's flow: net(x, t) for x of shape (B, *S) and flow times of shape (B,)."""
+class Known(Protocol):
+    """Data whose score and estimates are known at every point of a path."""
 
-    def __init__(self, mixture: GaussianMixture, path: Path, prediction: Prediction) -> None:
-        self.mixture = mixture
+    def score(self, x: Tensor, point: Point) -> Tensor:
+        """∇ log p_t(x), shape (B, *S)."""
+        ...
+
+    def combine(self, x: Tensor, point: Point, data: Any, noise: Any) -> Tensor:
+        """data·E[z | x] + noise·E[ε | x], shape (B, *S)."""
+        ...
+
+
+class Exact:
+    """The network of an exact flow: net(x, t) for x of shape (B, *S) and flow times of shape (B,)."""
+
+    def __init__(self, problem: Known, path: Path, prediction: Prediction) -> None:
+        self.problem = problem
         self.path = path
         self.prediction = prediction
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         point = self.path.at(t)
         if self.prediction.name == "score":  # σ cancels, and must where it is 0
-            return self.mixture.score(x, point)
+            return self.problem.score(x, point)
         a, b, scale = self.prediction.row(point)
-        return self.mixture.combine(x, point, a / scale, b / scale)
+        return self.problem.combine(x, point, a / scale, b / scale)
