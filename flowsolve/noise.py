@@ -128,7 +128,7 @@ class Noise:
             return [first, *(v for v in rest if v is not None)]
         count, work = math.prod(like.shape[1:]), _work(like)
         x = gaussian(self._words(stream, intervals, count, like.device), work)
-        x = x.mul_(torch.tensor(scales, dtype=work).to(like.device, non_blocking=True).view(-1, 1, 1))
+        x = x.mul_(torch.tensor(scales, dtype=work, device="cpu").to(like.device, non_blocking=True).view(-1, 1, 1))
         return list(x[..., :count].reshape(len(pairs), *like.shape).to(like.dtype).unbind(0))
 
     def own(self, stream: int, intervals: NDArray[np.int64], like: Tensor) -> Tensor:

@@ -117,7 +117,7 @@ def _classes(data: str, source: Any, count: int) -> tuple[Tensor, tuple[str, ...
             loose = source.origin(folders.index(None))
             raise ValueError(f"{loose} lies in no folder of its own; with classes, expected {data}/CLASS/FILE")
         names = tuple(sorted({str(f) for f in folders}))
-        return torch.tensor([names.index(str(f)) for f in folders]), names
+        return torch.tensor([names.index(str(f)) for f in folders], device="cpu"), names
     if file.suffix == ".npz":
         held = np.asarray(mapped(file, "labels", dims=1))
         if held.shape != (count,) or held.dtype.kind not in "iu" or int(held.min()) < 0:

@@ -151,7 +151,7 @@ def _data(name: str, count: int, flow: Flow) -> Tensor:
         images = digits.load("held_out").images[:count]
         if isinstance(flow.transform, Latent):
             raise ValueError(f"--data digits are images, and the network takes codes, {flow.transform!r}; give codes")
-        u = torch.rand(images.shape, generator=torch.Generator().manual_seed(0))
+        u = torch.rand(images.shape, generator=torch.Generator().manual_seed(0), device="cpu")
         return flow.transform.forward(images + u, digits.LEVELS)
     file, key = chosen(name)
     if file.suffix in (".npy", ".npz"):

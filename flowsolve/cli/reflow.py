@@ -130,7 +130,7 @@ def _opened(root: Path, device: str | None) -> tuple[Flow, int]:
 def _conditions(classes: int, n: int) -> dict[str, Tensor]:
     import torch
 
-    return {"class_labels": torch.arange(n) % classes} if classes else {}
+    return {"class_labels": torch.arange(n, device="cpu") % classes} if classes else {}
 
 
 def _pairs(

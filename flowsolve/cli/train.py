@@ -237,13 +237,13 @@ def _evaluate(flow: Flow, split: Split, model: Model) -> float:
 
     objective = Objective(model.target, times.stratified)
     generator = torch.Generator().manual_seed(0)
-    rows = torch.arange(max(len(split.images), 3000)) % len(split.images)
+    rows = torch.arange(max(len(split.images), 3000), device="cpu") % len(split.images)
     device = next(cast("nn.Module", flow.net).parameters()).device
     losses = []
     with torch.no_grad():
         for part in torch.split(rows, 500):
             images = split.images[part]
-            u = torch.rand(images.shape, generator=generator)
+            u = torch.rand(images.shape, generator=generator, device="cpu")
             states = cast(Transform, flow.transform).forward(images + u).to(device)
             cond = {k: v[part].to(device) for k, v in _given(split).items()}
             losses.append(objective(flow, states, generator=generator, reduction="none", cond=cond).cpu())

@@ -134,7 +134,7 @@ class BrownianInterval:
         if size is None:
             raise ValueError("size is missing; expected that of an increment, (batch, channels)")
         self.levy_area_approximation = levy_area_approximation
-        self.entropy = int(torch.randint(2**63 - 1, ())) if entropy is None else int(entropy)
+        self.entropy = int(torch.randint(2**63 - 1, (), device="cpu")) if entropy is None else int(entropy)
         self._like = torch.empty(tuple(size), dtype=dtype, device=device)
         self._rows = rows(self._like) if self._like.ndim else self._like.reshape(1, 1)
         noise = Noise.of(self.entropy, len(self._rows))
@@ -316,7 +316,8 @@ def _solved(
         motion = _followed(bm, times)
     sol = solve_sde(
         drift, diffusion, y0, times[0], times[-1], solver=scheme, **steps,
-        noise_type=noise_type, sde_type=sde_type, t_eval=times, seed=int(torch.randint(2**63 - 1, ())), noise=motion,
+        noise_type=noise_type, sde_type=sde_type, t_eval=times, noise=motion,
+        seed=int(torch.randint(2**63 - 1, (), device="cpu")),
         gradient=mode, params=params,
     )  # fmt: skip
     if not logqp:

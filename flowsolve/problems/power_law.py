@@ -38,6 +38,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowsolve._batch import hosted
 from flowsolve.flow import Flow
 from flowsolve.paths import Path, Point
 from flowsolve.predictions import Prediction, resolve
@@ -105,7 +106,7 @@ class PowerLaw:
         parts = [1.0] * count if weights is None else [float(w) for w in weights]
         if len(parts) != count or not all(math.isfinite(w) and w > 0.0 for w in parts):
             raise ValueError(f"weights = {weights!r}; expected {count} finite values > 0, one for each component")
-        w = torch.tensor(parts, dtype=torch.float64) / math.fsum(parts)
+        w = torch.tensor(parts, dtype=torch.float64, device="cpu") / math.fsum(parts)
         std = share.reshape(-1, 1, 1) * _radius(*shape[-2:]) ** -slopes.reshape(-1, 1, 1, 1)
         std = contrasts.reshape(-1, 1, 1, 1) * std / std.square().mean((1, 2, 3), keepdim=True).sqrt()
         std = std * (scale / (w @ std.square().mean((1, 2, 3))).sqrt())
@@ -137,7 +138,7 @@ class PowerLaw:
     def cov(self) -> Tensor:
         """Covariance of the flattened state, shape (D, D)."""
         size = math.prod(self.shape)
-        basis = self.back(torch.eye(size, dtype=self.std.dtype).reshape(size, *self.shape)).flatten(1)
+        basis = self.back(torch.eye(size, dtype=self.std.dtype, device="cpu").reshape(size, *self.shape)).flatten(1)
         variance = torch.tensordot(self.weights, self.std.square(), dims=1).flatten()
         found: Tensor = basis.T @ (variance[:, None] * basis)
         return found
@@ -239,7 +240,7 @@ class PowerLaw:
 
 
 def _column(name: str, values: float | Sequence[float]) -> Tensor:
-    found = torch.as_tensor(values, dtype=torch.float64).reshape(-1)
+    found = hosted(values, dtype=torch.float64).reshape(-1)
     if not len(found) or not bool(found.isfinite().all()):
         raise ValueError(f"{name} = {values!r}; expected finite numbers")
     return found
@@ -255,7 +256,7 @@ def _radius(height: int, width: int) -> Tensor:
 
 def _cosine(n: int) -> Tensor:
     """The orthonormal DCT-II, a vector a row, shape (n, n)."""
-    i = torch.arange(n, dtype=torch.float64)
+    i = torch.arange(n, dtype=torch.float64, device="cpu")
     rows = torch.cos(math.pi / n * (i + 0.5) * i[:, None]) * math.sqrt(2.0 / n)
     rows[0] = math.sqrt(1.0 / n)
     return rows

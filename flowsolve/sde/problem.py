@@ -108,7 +108,7 @@ class Problem:
         if isinstance(t, Tensor):
             return t
         if self._host:
-            return torch.tensor(t, dtype=torch.float64)
+            return torch.tensor(t, dtype=torch.float64, device="cpu")
         found = self.clock.get(t)
         return found if found is not None else torch.full((), t, dtype=self.dtype, device=self.device)
 

@@ -150,8 +150,8 @@ def solve_sde(
     clock = dict(zip(times, torch.tensor(list(times), dtype=y.dtype, device=y.device).unbind(0), strict=True))
     problem = Problem(f, g, y, noise_type, sde_type, args, clock)
     if y.numel() == 0 or start == end:
-        zero = torch.zeros(len(y), dtype=torch.int64)
-        there = torch.full((len(y),), start, dtype=torch.float64)
+        zero = torch.zeros(len(y), dtype=torch.int64, device="cpu")
+        there = torch.full((len(y),), start, dtype=torch.float64, device="cpu")
         states, solution = [y] * len(looks or ()), Solution(y, zero, zero, zero, zero, there)
     elif control:
         if not isinstance(motion, BrownianPath) or (motion.t0, motion.t1) != (start, end):
@@ -162,7 +162,9 @@ def solve_sde(
         functions += [*problem.args, *(params or ())]
         states, solution = march(problem, scheme, y, nodes, motion, looks or (), mode, functions, progress)
     if looks is not None:
-        solution = replace(solution, x=torch.stack(states), t_eval=torch.tensor(looks, dtype=torch.float64))
+        solution = replace(
+            solution, x=torch.stack(states), t_eval=torch.tensor(looks, dtype=torch.float64, device="cpu")
+        )
     if packing is not None:
         solution = replace(solution, x=packing.unpack(solution.x, lead=0 if looks is None else 1))
     return solution.raise_on_failure() if throw else solution

@@ -237,5 +237,8 @@ def _asked(reading: Reading, stepper: Stepper, t: float, t_next: float, evaluati
         found.append(float(query.t))
         return reading.flow.read(query.x, torch.zeros_like(query.x), query.point or reading.path.at(found[-1]))
 
-    run(stepper(State(torch.zeros(1, 1, dtype=torch.float64), Noise.of(0, 1)), t, t_next, evaluations), ask)
+    run(
+        stepper(State(torch.zeros(1, 1, dtype=torch.float64, device="cpu"), Noise.of(0, 1)), t, t_next, evaluations),
+        ask,
+    )
     return found

@@ -114,7 +114,7 @@ def capture(pipe: Any, *args: Any, **kwargs: Any) -> Captured:
     t = min(plan.times, key=lambda v: abs(float(reading.flow.clock(v)) - when))
     end = plan.end if plan.closing is None else plan.closing.t
     start = sample.detach().to(state_dtype(sample))
-    return Captured(flow, start, (t, end), {"rows": torch.arange(len(sample))}, pipe, args, later)
+    return Captured(flow, start, (t, end), {"rows": torch.arange(len(sample), device="cpu")}, pipe, args, later)
 
 
 class _Loop:
@@ -284,7 +284,11 @@ class _Turn:
                     f"{len(x)} samples for a pipeline that was called for {self.batch}; pass cond=captured.cond, which "
                     "says whose prompt is whose"
                 )
-            rows = torch.arange(len(x)) if self.batch > 1 else torch.zeros(len(x), dtype=torch.int64)
+            rows = (
+                torch.arange(len(x), device="cpu")
+                if self.batch > 1
+                else torch.zeros(len(x), dtype=torch.int64, device="cpu")
+            )
         slots = rows.tolist()
         if len(set(times)) == 1 and slots == list(range(self.batch)):
             return self._ask(x, times[0])
@@ -297,7 +301,7 @@ class _Turn:
         total = torch.zeros_like(x)
         for (when, _), members in turns.items():
             mine = torch.tensor(members, device=x.device)
-            place = rows[torch.tensor(members)].to(x.device)
+            place = rows[torch.tensor(members, device="cpu")].to(x.device)
             whole = x[:1].detach().expand(self.batch, *x.shape[1:]).index_copy(0, place, x.index_select(0, mine))
             total = total.index_copy(0, mine, self._ask(whole, when).to(x.dtype).index_select(0, place))
         return total

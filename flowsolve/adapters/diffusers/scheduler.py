@@ -37,7 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowsolve._batch import linear
+from flowsolve._batch import hosted, linear
 from flowsolve._optional import require
 from flowsolve.adapters.diffusers.convention import completed
 from flowsolve.adapters.diffusers.layout import Plan, lay
@@ -326,7 +326,7 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         table = _Table(
             plan,
             torch.tensor(host, dtype=torch.float32, device=device),
-            torch.tensor(levels, dtype=torch.float32),
+            torch.tensor(levels, dtype=torch.float32, device="cpu"),
             host,
         )
         self._own.table, self._own.run, self._own.begin = table, None, None
@@ -384,8 +384,8 @@ class Scheduler(SchedulerMixin, ConfigMixin):
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Any) -> Tensor:
         """α z + σ ε at times of the network, one or one a sample, as a sample is shown; in the samples' dtype."""
-        times = torch.as_tensor(timesteps).detach().cpu().double().reshape(-1)
-        t = torch.as_tensor(self.reading.native(times)).clamp(0.0, 1.0)
+        times = hosted(timesteps).detach().cpu().double().reshape(-1)
+        t = hosted(self.reading.native(times)).clamp(0.0, 1.0)
         point = self.reading.path.at(t.expand(len(original_samples)) if t.numel() == 1 else t)
         wide = torch.promote_types(original_samples.dtype, torch.float32)
         shown, device = self.reading.shown(point), original_samples.device

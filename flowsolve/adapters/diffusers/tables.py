@@ -27,6 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowsolve._batch import hosted
+
 __all__ = ["MAX_STEPS", "alphas_cumprod", "table_size"]
 
 MAX_STEPS = 1_000_000
@@ -47,13 +49,13 @@ def alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
     if trained is not None:
         betas = _listed(trained)
     elif schedule == "linear":
-        betas = torch.linspace(first, last, n, dtype=torch.float64)
+        betas = torch.linspace(first, last, n, dtype=torch.float64, device="cpu")
     elif schedule == "scaled_linear":
-        betas = torch.linspace(math.sqrt(first), math.sqrt(last), n, dtype=torch.float64).square()
+        betas = torch.linspace(math.sqrt(first), math.sqrt(last), n, dtype=torch.float64, device="cpu").square()
     elif schedule == "sigmoid":
-        betas = torch.linspace(-6.0, 6.0, n, dtype=torch.float64).sigmoid() * (last - first) + first
+        betas = torch.linspace(-6.0, 6.0, n, dtype=torch.float64, device="cpu").sigmoid() * (last - first) + first
     elif schedule in ("squaredcos_cap_v2", "laplace"):
-        s = torch.arange(n + 1, dtype=torch.float64) / n
+        s = torch.arange(n + 1, dtype=torch.float64, device="cpu") / n
         f = ((s + 0.008) / 1.008 * (0.5 * math.pi)).cos().square() if schedule != "laplace" else _laplace(s)
         betas = (1.0 - f[1:] / f[:-1]).clamp_max(0.999)
     else:
@@ -83,9 +85,9 @@ def table_size(config: Mapping[str, Any], name: str = "num_train_timesteps") -> 
 
 def _listed(betas: Any) -> Tensor:
     try:
-        found = torch.as_tensor(betas, dtype=torch.float64)
+        found = hosted(betas, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError, OverflowError):
-        found = torch.empty(())
+        found = torch.empty((), device="cpu")
     if found.ndim != 1 or not 1 <= len(found) <= MAX_STEPS:
         raise ValueError(f"trained_betas = {reprlib.repr(betas)}; expected a list of 1 to {MAX_STEPS:,} numbers")
     return found
