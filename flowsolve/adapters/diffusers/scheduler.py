@@ -325,7 +325,7 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         levels.append(0.0 if clean else self._level(end))
         table = _Table(
             plan,
-            torch.tensor(host, dtype=torch.float32, device=device),
+            torch.tensor(host, dtype=torch.float32, device=device or "cpu"),
             torch.tensor(levels, dtype=torch.float32, device="cpu"),
             host,
         )
