@@ -14,6 +14,7 @@ reaches it in float32 at least (bfloat16 cannot tell step 750 from 752).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -35,6 +36,7 @@ from flowsolve.transforms import Latent, Range, Transform
 
 __all__ = ["Flow", "clock_of", "clocked", "network_time", "tabled"]
 
+LACKING = re.compile(r"missing \d+ required (?:positional|keyword-only) arguments?: (.*)")
 TABLE = 1 << 22  # the most numbers that a table of times may have
 _table: ContextVar[Mapping[float, Tensor] | None] = ContextVar("times", default=None)
 
@@ -213,7 +215,17 @@ class Flow:
         if cond:
             cond = plain({k: v for k, v in cond.items() if k != MARK})
         time = network_time(native, fed)
-        output = self.net(fed, time, **cond) if is_compiling() else self.guard(fed, time, cond)
+        try:
+            output = self.net(fed, time, **cond) if is_compiling() else self.guard(fed, time, cond)
+        except TypeError as error:
+            if lacking := LACKING.search(str(error)):
+                given = "".join(f", {k}=…" for k in cond)
+                raise TypeError(
+                    f"the network asks for {lacking[1]}, which it was not given: net(x, t{given}). Pass it in "
+                    "cond={…}, a tensor with a row a sample (class labels, for example) or what the network takes as "
+                    f"it is ({error})"
+                ) from error
+            raise
         if not isinstance(output, Tensor):
             raise TypeError(
                 f"the network returned a {type(output).__name__}; expected a tensor. Wrap it, for example "

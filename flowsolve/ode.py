@@ -388,7 +388,10 @@ class _Layout:
             return self.checked(f(t, given), given)
         given = self.unpack(x, like=True)
         # f is given copies, which it may write into, and what it returns is copied below.
-        leaves, spec = tree_flatten(f.function(lambda: f.f(t.clone(), self.unpack(x.clone(), like=True)), x.device))
+        answer = f.function(lambda: f.f(t.clone(), self.unpack(x.clone(), like=True)), x.device)
+        leaves, spec = tree_flatten(answer)
+        if spec != self.spec:
+            leaves, spec = tree_flatten(_ordered(answer, given))
         expected = [v.shape for v in tree_flatten(given)[0]]
         if spec != self.spec or [getattr(v, "shape", None) for v in leaves] != expected:
             raise ValueError(
@@ -417,6 +420,15 @@ def _fed(f: Callable[[Tensor, Any], Any], y0: Any) -> Callable[[Tensor, Any], An
         return f
     found = next((p.dtype for m in modules_of(f) for p in m.parameters() if p.dtype.is_floating_point), None)
     return f if found not in HALF else lambda t, y: f(t.to(found), y.to(found))
+
+
+def _ordered(tree: Any, like: Any) -> Any:
+    """A tree with the keys of its dicts in another's order, where they are the same keys."""
+    if isinstance(tree, dict) and isinstance(like, dict) and tree.keys() == like.keys():
+        return {k: _ordered(tree[k], v) for k, v in like.items()}
+    if type(tree) is type(like) and type(like) in (list, tuple) and len(tree) == len(like):
+        return type(like)(_ordered(a, b) for a, b in zip(tree, like, strict=True))
+    return tree
 
 
 def _outline(tree: Any, spec: Any = None) -> str:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flowsolve.adapters.clocks import Linear
 from flowsolve.adapters.files import Source
 from flowsolve.adapters.finding import Finding
 from flowsolve.adapters.networks import FirstHalf, count, filled, place
@@ -129,7 +130,7 @@ def _sit(
         # their velocity is per unit of 1 − τ, ours per unit of flow time, which leaves out τ < tau_min
         rate = 1.0 - vp.tau_min
         prediction = Prediction("velocity", partial(_scaled, rate=rate))
-    return path, prediction, lambda t: 1.0 - vp.native_time(t), "1 − τ", missing
+    return path, prediction, Linear(1.0, vp, falling=True), "1 − τ", missing
 
 
 def _scaled(point: Point, rate: float) -> Row:

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import nn
 
+from flowsolve.adapters.clocks import Linear
 from flowsolve.adapters.diffusers.tables import alphas_cumprod, table_size
 from flowsolve.adapters.files import Source
 from flowsolve.adapters.finding import Finding
@@ -82,9 +83,6 @@ def recognise(source: Source, said: Mapping[str, Any], asked: bool) -> Finding |
 
     curve: Any = said.get("path") or path
 
-    def clock(t: Any) -> Any:
-        return scale * curve.native_time(t)
-
     def network(device: Any, dtype: Any) -> Any:
         return FirstHalf(place(filled(net, source), device, dtype)).eval()
 
@@ -95,7 +93,7 @@ def recognise(source: Source, said: Mapping[str, Any], asked: bool) -> Finding |
         tuple(evidence),
         path,
         PREDICTIONS["data" if said.get("predict_xstart") else "noise"],
-        None if curve is None else clock if scale != 1.0 else "native",
+        None if curve is None else Linear(scale, curve) if scale != 1.0 else "native",
         f"{scale:g} k" if scale != 1.0 else "the index k of the table",
         transform=Range(-1.0, 1.0),
         parameters=count(net, source),

@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from flowsolve._batch import per_sample
+from flowsolve.adapters.clocks import Linear
 from flowsolve.adapters.files import Source
 from flowsolve.adapters.finding import Finding
 from flowsolve.adapters.networks import Wrapper, place, preconditioned
@@ -65,7 +66,7 @@ def recognise(source: Source, said: Mapping[str, Any], asked: bool) -> Finding |
     if kind == "VDenoiser":
         return Finding(
             f"a {name}", NAMES[0], 1.0, (f"class {name} of k-diffusion",), Trig(), PREDICTIONS["v"],
-            lambda t: 1.0 - t, "1 − t = (2/π) arctan σ",
+            Linear(1.0, falling=True), "1 − t = (2/π) arctan σ",
             network=lambda device, dtype: place(net.inner_model, device, dtype), **common,
         )  # fmt: skip
     if kind == "Denoiser":

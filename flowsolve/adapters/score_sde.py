@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flowsolve.adapters.clocks import Linear
 from flowsolve.adapters.files import Source
 from flowsolve.adapters.finding import Finding
 from flowsolve.adapters.networks import count, filled, place
@@ -104,7 +105,7 @@ def recognise(source: Source, said: Mapping[str, Any], asked: bool) -> Finding |
 
 
 def _label(path: Path) -> Any:
-    return lambda t: 999.0 * path.native_time(t)
+    return Linear(999.0, path)
 
 
 def _sde(said: Mapping[str, Any], config: Any) -> tuple[str | None, dict[str, float], list[str], bool | None]:

@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 
+from flowsolve.adapters.clocks import Linear
 from flowsolve.adapters.diffusers.convention import FLOW, JUMPS
 from flowsolve.adapters.diffusers.tables import alphas_cumprod
 from flowsolve.adapters.files import Source
@@ -165,7 +166,7 @@ def _flow(
         (*evidence, f"the layout of {what}"),
         CondOT(),
         FLOW,
-        lambda t: scale * (1.0 - t),
+        Linear(scale, falling=True),
         f"{scale:g} (1 − t)",
         transform=Latent(latent, shift),
         parameters=_count(bare),

@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
+from flowsolve.adapters.clocks import Preconditioned
 from flowsolve.adapters.diffusers.convention import EULERS, Convention, Line, completed, convention
 from flowsolve.flow import Flow
 from flowsolve.guidance import Clip, Threshold
@@ -107,7 +108,7 @@ def read(config: Any) -> Reading:
     said = convention(config).stated()
     path, asked, clock = said.path, said.precondition, said.time
     assert clock is not None
-    time = clock if asked is None else lambda t: asked.time(path.native_time(t))
+    time = clock if asked is None else Preconditioned(asked, path)
     return Reading(config, said, Flow(_elsewhere, path, said.prediction, time=time), _limit(config))
 
 
