@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import pickle
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,19 @@ def test_so_do_errors_densities_and_weights() -> None:
     assert torch.equal(density(4, draw), right)
     point = PATH.at(torch.tensor([0.2, 0.9]))
     assert torch.equal(weight(point), fs.training.weights.min_snr(3.0)(point))
+
+
+def fails(seed: int) -> None:
+    """A solve that meets NaN, in whatever process."""
+    flow = fs.Flow(lambda x, t: x / 0.0 * 0.0, PATH)
+    fs.sample(flow, (2, 1), solver="dopri5", seed=seed)
+
+
+def test_a_failure_in_a_pool_reaches_its_parent() -> None:
+    failure = pytest.raises(fs.SolverError, match="2 of 2 samples did not reach the end")
+    with multiprocessing.get_context("spawn").Pool(2) as pool, failure as caught:
+        pool.map_async(fails, [0, 1]).get(timeout=120)
+    assert caught.value.solution.status.tolist() == [1, 1]
 
 
 def test_trees_say_how_they_differ_and_keep_their_dtypes() -> None:

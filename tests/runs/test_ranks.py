@@ -63,6 +63,20 @@ def test_torchrun_gives_what_one_process_gives(tmp_path: Path, alone: Path, proc
     same(tmp_path, alone)
 
 
+def test_many_samples_have_the_same_bits_in_any_number_of_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """600 of an adaptive solver: plain torch here, there what the rule of the kernels makes of a process's work."""
+    work.many(tmp_path / "alone")
+    monkeypatch.setenv("FLOWSOLVE_KERNELS", "auto")
+    monkeypatch.setenv("WORK_MANY", "1")
+    assert torchrun(tmp_path, 2) == 0
+    found, expected = (np.load(tmp_path / name / "samples.npz") for name in ("many", "alone"))
+    assert len(found["nfe"]) == 600
+    for key in expected.files:
+        assert np.array_equal(found[key], expected[key]), key
+
+
 def test_a_run_goes_on_with_other_numbers_of_processes(
     tmp_path: Path, alone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,7 @@
 """A run for other processes: `python work.py OUT`, or under torchrun. What it does is in the environment.
 
 WORK_CALL   seconds that a network call sleeps, so that a kill finds the run at work
+WORK_MANY   draw 600 samples too
 WORK_FAULT  POINT:COMMIT: kill this process at its n-th commit, "inside" or "after" the transaction
 """
 
@@ -56,6 +57,12 @@ def sample(out: Path, **options: Any) -> Any:
     return runs.sample(flow(), 14, out, **settings)
 
 
+def many(out: Path) -> Any:
+    """Adaptive, and long enough that kernels are compiled on the way where they may be."""
+    options: dict[str, Any] = {"solver": solvers.Dopri5(1e-5, 1e-5), "batch": 10, "seed": 7, "shape": (1, 2, 2)}
+    return runs.sample(flow(), 600, out, **options, raw=True, png=False)
+
+
 def fault(point: str, at: int) -> None:
     """Kill this process at its n-th commit."""
     commit, done = parts.Part.commit, 0
@@ -83,3 +90,5 @@ if __name__ == "__main__":
     nll(root / "nll", pause=float(os.environ.get("WORK_CALL", "0")))
     if "WORK_CALL" not in os.environ:
         sample(root / "sample")
+    if "WORK_MANY" in os.environ:
+        many(root / "many")
