@@ -25,7 +25,7 @@ from torch import Tensor
 
 import flowsolve as fs
 from flowsolve._batch import Context
-from flowsolve.drivers import Arrivals, collect, pursue
+from flowsolve.pursuit import Arrivals, collect, pursue
 from sections.measure import target
 from sections.peers import Counted, available, torchode_solve
 
