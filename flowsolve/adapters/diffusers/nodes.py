@@ -72,7 +72,7 @@ def own(reading: Reading, steps: int, mu: float | None = None) -> Nodes:
     config, path = reading.config, reading.path
     if reading.straight:
         span = table_size(config)
-        if reading.name == "UniPCMultistepScheduler" and any(config.get(k) for k in RESPACED):
+        if "beta_schedule" in config and any(config.get(k) for k in RESPACED):
             table = Discrete(alphas_cumprod(config))  # levels of σ/α, between those of the table where none are given
             levels = _respaced(config, [_level(table, span - 1.0), _level(table, 0.0)], steps)
             return [1.0 / (1.0 + v) for v in levels], 1.0
