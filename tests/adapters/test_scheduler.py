@@ -340,7 +340,7 @@ def test_dynamic_shift(kind: str, shift: float) -> None:
     s = Scheduler.from_config(config, solver="euler")
     s.set_timesteps(6, mu=1.1)
     torch.testing.assert_close(s.sigmas, theirs.sigmas, rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match=r"give set_timesteps\(mu=…\)"):
+    with pytest.raises(ValueError, match=r"a loop of your own: set_timesteps\(…, mu=μ\)"):
         s.set_timesteps(6)
     s = Scheduler.from_config(config, solver="euler", grid="uniform")
     s.set_timesteps(4, mu=1.1)

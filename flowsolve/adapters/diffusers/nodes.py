@@ -49,12 +49,15 @@ def shift_of(config: Mapping[str, Any], mu: float | None) -> float:
     Raises:
         ValueError: a dynamic shift without μ.
     """
+    name = "flow_shift" if config.get("use_flow_sigmas") else "shift"
     if not config.get("use_dynamic_shifting"):
-        return float(config.get("flow_shift" if config.get("use_flow_sigmas") else "shift", 1.0))
+        return float(config.get(name, 1.0))
     if mu is None:
         raise ValueError(
-            "use_dynamic_shifting = True leaves the shift to the size of the image: give set_timesteps(mu=…), as "
-            "pipelines do, or Scheduler.from_config(…, use_dynamic_shifting=False, shift=…)"
+            "use_dynamic_shifting = True leaves the shift to the size of the image, and nothing says its μ. In a "
+            "pipeline that does not hand μ on (it asks for the class of its own scheduler): Scheduler.from_config("
+            f"pipe.scheduler, use_dynamic_shifting=False, {name}=s) with s = math.exp(μ) (μ itself where "
+            "time_shift_type is 'linear'); in a loop of your own: set_timesteps(…, mu=μ)"
         )
     return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else float(mu)
 
@@ -77,7 +80,8 @@ def own(reading: Reading, steps: int, mu: float | None = None) -> Nodes:
             levels = _respaced(config, [_level(table, span - 1.0), _level(table, 0.0)], steps)
             return [1.0 / (1.0 + v) for v in levels], 1.0
         if reading.name in FLOW_SCHEDULERS:
-            base = [1.0 - (1.0 - 1.0 / span) * i / max(steps - 1, 1) for i in range(steps)]
+            low = 1.0 / max(span, steps)  # a table of one entry is a clock that runs from 0 to 1
+            base = [1.0 - (1.0 - low) * i / max(steps - 1, 1) for i in range(steps)]
         elif reading.name == "UniPCMultistepScheduler":
             base = [1.0 - (1.0 - 1.0 / span) * i / steps for i in range(steps)]
         else:

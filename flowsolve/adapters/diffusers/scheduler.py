@@ -48,9 +48,10 @@ from flowsolve.adapters.diffusers.refusals import advised, warn_if_distilled
 from flowsolve.adapters.diffusers.seeds import seeds
 from flowsolve.adapters.diffusers.settings import INSTALL, OPTIONS, merged, named, require_saveable, write_note
 from flowsolve.adapters.diffusers.tables import table_size
+from flowsolve.adapters.diffusers.unshifted import Unshifted
 from flowsolve.noise import Noise
 from flowsolve.predictions import SingularEstimate
-from flowsolve.solvers import DDIM
+from flowsolve.solvers import DDIM, Auto
 
 require("diffusers", "diffusers", "a scheduler for its pipelines")
 # Loading a pipeline looks for these two in the module that a component's class is from.
@@ -81,6 +82,15 @@ class _Table:
     timesteps: Tensor
     sigmas: Tensor
     host: tuple[float, ...]
+    unshifted: Unshifted | None = None
+
+    def clock(self, t: Any) -> Any:
+        """The network's time at a flow time."""
+        return (self.unshifted or self.plan.reading.flow.clock)(t)
+
+    def native(self, k: Any) -> Any:
+        """The flow time of a network's time."""
+        return self.plan.reading.native(k) if self.unshifted is None else self.unshifted.inverse(k)
 
 
 class _Own(threading.local):
@@ -273,6 +283,17 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         """The entry of the next evaluation; None when no run is under way."""
         return None if self._own.run is None else self._own.run.at
 
+    @property
+    def _step_index(self) -> int | None:
+        return self.step_index
+
+    @_step_index.setter
+    def _step_index(self, index: Any) -> None:
+        raise RuntimeError(
+            "the pipeline moves the scheduler's counter to take a step twice (as Cosmos 1 does for ẑ), which a solver "
+            "that remembers cannot follow; keep its own scheduler"
+        )
+
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Say at which entry of `timesteps` the next run begins."""
         self._own.begin = begin_index
@@ -298,10 +319,15 @@ class Scheduler(SchedulerMixin, ConfigMixin):
             mu: of a shift that depends on the image's size.
 
         Raises:
-            ValueError: none or several of the three, or nodes that are no grid.
+            ValueError: none of the three, or nodes that are no grid; timesteps and sigmas together that are not the
+                same before the shift (as CogView4's, whose network is told the level before it).
         """
+        unshifted = None
+        if timesteps is not None and sigmas is not None:
+            unshifted = Unshifted.of(self.reading, timesteps, sigmas, mu)
+            timesteps, sigmas = None, unshifted.told(sigmas, self._spaced)
         given = [v for v in (timesteps, sigmas) if v is not None]
-        if len(given) > 1 or (num_inference_steps is None and not given):
+        if num_inference_steps is None and not given:
             raise ValueError("give one of num_inference_steps, timesteps and sigmas")
         listed = [float(v) for v in given[0]] if given else []
         if given and num_inference_steps not in (None, len(listed)):
@@ -317,8 +343,8 @@ class Scheduler(SchedulerMixin, ConfigMixin):
             )  # fmt: skip
         except SingularEstimate as error:
             raise SingularEstimate(advised(error, self.reading)) from error
-        flow = self.reading.flow
-        host = tuple(float(flow.clock(t)) for t in plan.times)
+        clock = unshifted or self.reading.flow.clock
+        host = tuple(float(clock(t)) for t in plan.times)
         end = plan.closing.t if plan.closing is not None else plan.end
         levels = [self._level(t) for t in plan.times]
         clean = plan.closing is not None and plan.closing.noise == 0.0
@@ -328,6 +354,7 @@ class Scheduler(SchedulerMixin, ConfigMixin):
             torch.tensor(host, dtype=torch.float32, device=device),
             torch.tensor(levels, dtype=torch.float32),
             host,
+            unshifted,
         )
         self._own.table, self._own.run, self._own.begin = table, None, None
         self._shared = table
@@ -350,6 +377,9 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         use_clipped_model_output: bool | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         return_dict: bool = True,
+        *,
+        prev_timestep: Any = None,
+        per_token_timesteps: Tensor | None = None,
     ) -> StepOutput | tuple[Tensor, Tensor]:
         """Take the network's output at a sample, and return the sample to evaluate next.
 
@@ -362,11 +392,15 @@ class Scheduler(SchedulerMixin, ConfigMixin):
             use_clipped_model_output: for DDIMPipeline; ε̂ always matches a clipped ẑ here.
             generator: names the noise of the steps; read once, at the first step of a run.
             return_dict: return a `StepOutput`, or a tuple of the same.
+            prev_timestep: of the unCLIP kind, where this step leads; the plan has its own.
+            per_token_timesteps: of LTX's conditions; times that are all one, and then model_output is −1 times the
+                network's, as that kind takes it.
 
         Raises:
             ValueError: an output of another shape, or a run that would begin within a step.
         """
         table, own = self._table, self._own
+        model_output = one_time(model_output, per_token_timesteps)
         variance = self.config.get("variance_type") in ("learned", "learned_range")
         if variance and model_output.ndim > 1 and model_output.shape[1] == 2 * sample.shape[1]:
             model_output = model_output[:, : sample.shape[1]]
@@ -385,7 +419,8 @@ class Scheduler(SchedulerMixin, ConfigMixin):
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Any) -> Tensor:
         """α z + σ ε at times of the network, one or one a sample, as a sample is shown; in the samples' dtype."""
         times = torch.as_tensor(timesteps).detach().cpu().double().reshape(-1)
-        t = torch.as_tensor(self.reading.native(times)).clamp(0.0, 1.0)
+        known = self._own.table or self._shared
+        t = torch.as_tensor((self.reading if known is None else known).native(times)).clamp(0.0, 1.0)
         point = self.reading.path.at(t.expand(len(original_samples)) if t.numel() == 1 else t)
         wide = torch.promote_types(original_samples.dtype, torch.float32)
         shown, device = self.reading.shown(point), original_samples.device
@@ -400,6 +435,10 @@ class Scheduler(SchedulerMixin, ConfigMixin):
 
     def __len__(self) -> int:
         return table_size(self.config)
+
+    @property
+    def _spaced(self) -> bool:
+        return self._options["grid"] is not None or isinstance(self._options["solver"], Auto)
 
     # --- within -------------------------------------------------------------------------------------------------------
 
@@ -420,7 +459,8 @@ class Scheduler(SchedulerMixin, ConfigMixin):
 
     def _time(self, timestep: Any) -> float:
         """The flow time of a time of the network."""
-        return float(self.reading.native(_number(timestep)))
+        table = self._own.table or self._shared
+        return float((self.reading if table is None else table).native(_number(timestep)))
 
     def _place(self, timestep: Any) -> int | None:
         """The entry that a time step is, where it is a view of `timesteps`: read without waiting for a device."""
@@ -458,6 +498,18 @@ class Scheduler(SchedulerMixin, ConfigMixin):
             stepper = solver.on(plan.reading.path, None, plan.intervals)
         noise = Noise.for_batch(seeds(sample, generator, self._options["seed"]), len(sample)) if solver.random else None
         return Run(plan, at, sample, noise, stepper)
+
+
+def one_time(output: Tensor, times: Tensor | None) -> Tensor:
+    """An output as other pipelines give it, from one with times of the sample's parts, which are to be one."""
+    if times is None:
+        return output
+    if bool((times != times.flatten()[0]).any()):
+        raise ValueError(
+            "per_token_timesteps differ: the pipeline holds parts of the sample at times of their own (frames that are "
+            "given), and a solver steps a sample at one time; keep its own scheduler for such a call"
+        )
+    return -output
 
 
 def _number(timestep: Any) -> float:
