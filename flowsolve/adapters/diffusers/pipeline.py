@@ -46,7 +46,8 @@ from torch import Tensor, nn
 from flowsolve._batch import state_dtype
 from flowsolve.adapters.diffusers.layout import OWN
 from flowsolve.adapters.diffusers.refusals import warn_if_distilled
-from flowsolve.adapters.diffusers.scheduler import Scheduler, StepOutput, one_time
+from flowsolve.adapters.diffusers.scheduler import Scheduler, StepOutput
+from flowsolve.adapters.diffusers.timetable import level, one_time
 from flowsolve.adapters.diffusers.turns import require_no_turns
 from flowsolve.adapters.networks import first_half
 from flowsolve.flow import Flow
@@ -364,7 +365,7 @@ class _Levels(Tensor):
                 "the pipeline looks up other noise levels than that of its turn, which are not known while it is led; "
                 "use a Scheduler instead"
             )
-        return torch.tensor(lead._level(lead._time(loop.shown)), dtype=torch.float32)
+        return torch.tensor(level(lead.reading, lead._time(loop.shown)), dtype=torch.float32)
 
 
 class _Lead(Scheduler):

@@ -43,11 +43,12 @@ from flowsolve.adapters.diffusers.convention import completed
 from flowsolve.adapters.diffusers.layout import Plan, lay
 from flowsolve.adapters.diffusers.peers import as_configured, unstated
 from flowsolve.adapters.diffusers.pull import Run
-from flowsolve.adapters.diffusers.reading import LEAST, OURS, Reading, read, start_std
+from flowsolve.adapters.diffusers.reading import OURS, Reading, read, start_std
 from flowsolve.adapters.diffusers.refusals import advised, warn_if_distilled
 from flowsolve.adapters.diffusers.seeds import seeds
 from flowsolve.adapters.diffusers.settings import INSTALL, OPTIONS, merged, named, require_saveable, write_note
 from flowsolve.adapters.diffusers.tables import table_size
+from flowsolve.adapters.diffusers.timetable import Timetable, number, one_time
 from flowsolve.adapters.diffusers.unshifted import Unshifted
 from flowsolve.noise import Noise
 from flowsolve.predictions import SingularEstimate
@@ -74,29 +75,10 @@ class StepOutput(BaseOutput):
     pred_original_sample: Tensor
 
 
-@dataclass(frozen=True)
-class _Table:
-    """A plan as pipelines see it, on a device."""
-
-    plan: Plan
-    timesteps: Tensor
-    sigmas: Tensor
-    host: tuple[float, ...]
-    unshifted: Unshifted | None = None
-
-    def clock(self, t: Any) -> Any:
-        """The network's time at a flow time."""
-        return (self.unshifted or self.plan.reading.flow.clock)(t)
-
-    def native(self, k: Any) -> Any:
-        """The flow time of a network's time."""
-        return self.plan.reading.native(k) if self.unshifted is None else self.unshifted.inverse(k)
-
-
 class _Own(threading.local):
     """What each thread has to itself."""
 
-    table: _Table | None = None
+    table: Timetable | None = None
     run: Run | None = None
     begin: int | None = None
 
@@ -177,7 +159,7 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         asked = [*dict.fromkeys([*(known.get(OURS) or {}).get("asked", ()), *changes])]
         self.register_to_config(**kept, **{OURS: {"scheduler": name, "unstated": left, "asked": asked, **ours}})
         self._reading: tuple[Any, Reading] | None = None
-        self._shared: _Table | None = None
+        self._shared: Timetable | None = None
         self._own = _Own()
         _ = self.reading  # what is not supported is an error here
 
@@ -343,19 +325,7 @@ class Scheduler(SchedulerMixin, ConfigMixin):
             )  # fmt: skip
         except SingularEstimate as error:
             raise SingularEstimate(advised(error, self.reading)) from error
-        clock = unshifted or self.reading.flow.clock
-        host = tuple(float(clock(t)) for t in plan.times)
-        end = plan.closing.t if plan.closing is not None else plan.end
-        levels = [self._level(t) for t in plan.times]
-        clean = plan.closing is not None and plan.closing.noise == 0.0
-        levels.append(0.0 if clean else self._level(end))
-        table = _Table(
-            plan,
-            torch.tensor(host, dtype=torch.float32, device=device),
-            torch.tensor(levels, dtype=torch.float32),
-            host,
-            unshifted,
-        )
+        table = Timetable.of(plan, unshifted, device)
         self._own.table, self._own.run, self._own.begin = table, None, None
         self._shared = table
 
@@ -364,7 +334,7 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         reading = self.reading
         if reading.said.precondition is None and not reading.stretched:
             return sample
-        place = self._place(timestep)
+        place = self._table.place(timestep)
         point = self._table.plan.points[place] if place is not None else reading.path.at(self._time(timestep))
         return sample * reading.scale(point)
 
@@ -408,7 +378,8 @@ class Scheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f"model_output has shape {tuple(model_output.shape)}; expected the sample's, {tuple(sample.shape)}"
             )
-        run, at = own.run, self._index(timestep)
+        run = own.run
+        at = table.index(timestep, own.begin if run is None else run.at)
         if run is None or run.at != at:
             run = own.run = self._begin(table.plan, at, sample, eta, generator)
         ahead, data = run.advance(model_output, sample)
@@ -443,51 +414,16 @@ class Scheduler(SchedulerMixin, ConfigMixin):
     # --- within -------------------------------------------------------------------------------------------------------
 
     @property
-    def _table(self) -> _Table:
+    def _table(self) -> Timetable:
         table = self._own.table or self._shared
         if table is None:
             raise ValueError("no time steps are set; call set_timesteps(num_inference_steps) first")
         return table
 
-    def _level(self, t: float) -> float:
-        point = self.reading.path.at(t)
-        if self.reading.straight:
-            return float(point.sigma)
-        if not point.alpha:
-            return float(point.sigma / LEAST if self.reading.stretched else "inf")
-        return float(point.sigma / point.alpha)
-
     def _time(self, timestep: Any) -> float:
         """The flow time of a time of the network."""
         table = self._own.table or self._shared
-        return float((self.reading if table is None else table).native(_number(timestep)))
-
-    def _place(self, timestep: Any) -> int | None:
-        """The entry that a time step is, where it is a view of `timesteps`: read without waiting for a device."""
-        known = self._table.timesteps
-        if not isinstance(timestep, Tensor) or timestep.numel() != 1 or timestep.dtype != known.dtype:
-            return None
-        same = timestep.untyped_storage().data_ptr() == known.untyped_storage().data_ptr()
-        return int(timestep.storage_offset()) if same else None
-
-    def _index(self, timestep: Any) -> int:
-        """The entry of `timesteps` that a time step is: by its place, or the nearest; of equals the one that is next.
-
-        Raises:
-            ValueError: a number that is none of them, by more than half precisions and whole numbers lose.
-        """
-        place = self._place(timestep)
-        if place is not None:
-            return place
-        table, run, k = self._table, self._own.run, _number(timestep)
-        expected = run.at if run is not None else self._own.begin
-        order: list[int] = [] if expected is None else [expected]
-        order += [*table.plan.begins, *range(len(table.host))]
-        least = min(abs(v - k) for v in table.host)
-        found = next(i for i in order if abs(table.host[i] - k) <= least * (1.0 + 1e-6) + 1e-9)
-        if found != expected and least > 2**-8 * abs(k) + 1e-3 * abs(table.host[0]):
-            raise ValueError(f"timestep = {k:g} is none of timesteps, {[round(v, 3) for v in table.host]}; pass those")
-        return found
+        return float((self.reading if table is None else table).native(number(timestep)))
 
     def _begin(self, plan: Plan, at: int, sample: Tensor, eta: float | None, generator: Any) -> Run:
         solver, stepper = plan.solver, None
@@ -498,28 +434,3 @@ class Scheduler(SchedulerMixin, ConfigMixin):
             stepper = solver.on(plan.reading.path, None, plan.intervals)
         noise = Noise.for_batch(seeds(sample, generator, self._options["seed"]), len(sample)) if solver.random else None
         return Run(plan, at, sample, noise, stepper)
-
-
-def one_time(output: Tensor, times: Tensor | None) -> Tensor:
-    """An output as other pipelines give it, from one with times of the sample's parts, which are to be one."""
-    if times is None:
-        return output
-    if bool((times != times.flatten()[0]).any()):
-        raise ValueError(
-            "per_token_timesteps differ: the pipeline holds parts of the sample at times of their own (frames that are "
-            "given), and a solver steps a sample at one time; keep its own scheduler for such a call"
-        )
-    return -output
-
-
-def _number(timestep: Any) -> float:
-    """A time step as a float: a number, or a tensor whose entries are all the same."""
-    if not isinstance(timestep, Tensor):
-        return float(timestep)
-    values = timestep.detach().cpu().double().reshape(-1)
-    if not len(values) or bool((values != values[0]).any()):
-        raise ValueError(
-            f"timestep = {timestep}; expected one time for all samples. For a time of its own for each, own the loop: "
-            "flowsolve.adapters.diffusers.capture"
-        )
-    return float(values[0])
