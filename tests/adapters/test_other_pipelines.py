@@ -196,3 +196,27 @@ def test_a_table_that_ends_says_how_to_make_it_longer() -> None:
     sol = fs.sample(held.flow, start=held.start, solver="ddim", nfe=8, cond=held.cond)
     held.close()
     assert torch.isfinite(sol.x).all()
+
+
+def test_a_controlnet_all_the_way_is_captured_and_for_a_half_is_not() -> None:
+    from tests.adapters.pipelines import text, unet_conditional
+
+    unet = unet_conditional()
+    controlnet = diffusers.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16))
+    for p in controlnet.parameters():
+        p.data = 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    pipe = diffusers.StableDiffusionControlNetPipeline(
+        vae(), None, None, unet, controlnet, diffusers.DDIMScheduler(clip_sample=False), None, None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    with_it = {"image": torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)), **text(),
+               "guidance_scale": 1.0, "output_type": "latent"}  # fmt: skip
+    with pytest.raises(ValueError, match=r"capture it with control_guidance_end=1\.0"):
+        capture(pipe, num_inference_steps=20, control_guidance_end=0.5, **with_it)
+    own = pipe(num_inference_steps=120, generator=torch.Generator().manual_seed(3), **with_it).images
+    held = capture(pipe, num_inference_steps=120, generator=torch.Generator().manual_seed(3), **with_it)
+    sol = fs.sample(held.flow, start=held.start, solver="unipc", nfe=60, grid="log_snr", interval=held.interval,
+                    cond=held.cond)  # fmt: skip
+    held.close()
+    assert float((sol.x - own).norm() / own.norm()) < 0.03

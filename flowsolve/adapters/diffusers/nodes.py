@@ -119,7 +119,10 @@ def from_sigmas(reading: Reading, sigmas: Sequence[float], mu: float | None = No
     clean = len(levels) > 1 and levels[-1] == 0.0
     levels = levels[:-1] if clean else levels
     if not levels or any(not math.isfinite(v) or v <= 0.0 for v in levels):
-        raise ValueError(f"sigmas = {[float(v) for v in sigmas]}; expected noise levels that fall, 0 only as the last")
+        raise ValueError(
+            f"sigmas = {[float(v) for v in sigmas]}; expected noise levels that fall, 0 only as the last (for a "
+            "pipeline that hands others over, keep its own scheduler)"
+        )
     if reading.straight:
         shift = shift_of(config, mu)
         levels = [shift * v / (1.0 + (shift - 1.0) * v) for v in levels]

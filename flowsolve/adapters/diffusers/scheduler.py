@@ -137,8 +137,9 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         strange = [k for k in changes if k not in known]
         if strange:
             raise TypeError(
-                f"{strange[0]!r} is no option of Scheduler ({', '.join(OPTIONS)}) or of {name}; drop it, or see "
-                "pipe.scheduler.config"
+                f"{strange[0]!r} is no option of Scheduler ({', '.join(OPTIONS)}) or of {name}; drop it, see "
+                "pipe.scheduler.config (where options of other classes are only carried along), or give a scheduler of "
+                f"a class that has it: X.from_config(pipe.scheduler.config, {strange[0]}=...)"
             )
         if solver is None and isinstance(before := (known.get(OURS) or {}).get("solver"), str):
             solver = before
