@@ -17,6 +17,7 @@ BY_TURN: Mapping[str, tuple[float, str]] = {
     "control_guidance_end": (1.0, ""),
     "adapter_conditioning_factor": (1.0, ""),
     "cfg_trunc_ratio": (1.0, ""),
+    "cfg_truncation": (1.0, ""),
     "skip_layer_guidance_start": (0.0, "skip_guidance_layers"),
     "skip_layer_guidance_stop": (1.0, "skip_guidance_layers"),
     "gligen_scheduled_sampling_beta": (1.0, "gligen_phrases"),
