@@ -95,6 +95,21 @@ def test_options_of_other_classes_change_nothing(name: str) -> None:
         assert torch.equal(with_them, without)
 
 
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "ScoreSdeVeScheduler"])  # its network is told σ
+def test_nodes_are_those_of_the_class_whatever_is_carried_along(name: str) -> None:
+    """Every time that we ask at is one of the class's list, which may have stages, and whole numbers for others."""
+    if not hasattr(diffusers, name) or "Inverse" in name:
+        pytest.skip(f"{name} is not in this diffusers, or lists its times from the data on")
+    strange = foreign(CHANGED, name)
+    s = Scheduler.from_config({"_class_name": name, **{k: CHANGED[k] for k in strange}}, solver="ddim")
+    plan = lay(s.reading, solvers.DDIM(), like=OWN, steps=STEPS)
+    listed = theirs(name, strange)[0].double()
+    near = 1.0 + 1e-6 if s.reading.said.precondition is None and float(listed.max()) > 1.0 else 1e-4
+    for t in plan.times:
+        assert float((listed - float(s.reading.flow.clock(t))).abs().min()) < near
+    assert len(set(plan.times)) == len(plan.times) >= STEPS - 1
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_options_of_a_class_are_read(name: str) -> None:
     """The sweep can tell: an option that matters to the levels does so in the class that has it."""

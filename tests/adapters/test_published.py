@@ -155,3 +155,15 @@ def test_run_beside_its_class(entry: dict[str, Any]) -> None:
         found.append(x.double())
     off = float((found[0] - found[1]).abs().max() / found[0].abs().max())
     assert off < 2e-4, off  # float32 tables, levels and states; STEPS steps
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "dpmsolver++", "auto", "ddim"])
+def test_levels_beyond_a_flow_s_end_are_ratios(solver: str) -> None:
+    """Cosmos-Predict 2.5: σ from 200 to 0.01 are of z + σ ε, the fractions of a flow σ/(1 + σ), for every solver."""
+    config = next(p["config"] for p in PUBLISHED if "Predict2.5" in names(p))
+    s = Scheduler.from_config(config, solver=solver)
+    s.set_timesteps(6)
+    if solver != "auto":
+        assert float(s.sigmas[0]) == pytest.approx(200.0 / 201.0)
+        assert s.reading.path.at(s._table.plan.times[-1]).sigma == pytest.approx(0.01 / 1.01)
+    assert float(s.sigmas[-1]) == 0.0

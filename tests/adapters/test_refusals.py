@@ -84,6 +84,21 @@ def test_a_part_that_is_not_there_is_no_companion(tmp_path: Path) -> None:
     assert adapters.inspect(root).ready
 
 
+def test_what_is_carried_along_is_no_evidence(tmp_path: Path) -> None:
+    """inspect shows what the class named reads, and an old word for the prediction."""
+    root = directory(tmp_path, unet_conditional(), diffusers.DDIMScheduler(**STABLE), "StableDiffusionPipeline")
+    file = root / "scheduler/scheduler_config.json"
+    said = {**json.loads(file.read_text()), "timestep_type": "continuous", "sigma_max": 700.0}
+    file.write_text(json.dumps(said))
+    finding = adapters.inspect(root)
+    assert not any("continuous" in line or "700" in line for line in finding.evidence)
+    file.write_text(json.dumps({k: v for k, v in said.items() if k != "prediction_type"} | {"predict_epsilon": False}))
+    finding = adapters.inspect(root)
+    assert finding.prediction is not None
+    assert finding.prediction.name == "data"
+    assert any("predict_epsilon = False" in line for line in finding.evidence)
+
+
 def test_so_in_memory() -> None:
     class ControlNetPipeline(diffusers.DiffusionPipeline):  # type: ignore[misc, name-defined]
         def __init__(self, unet: Any, scheduler: Any) -> None:

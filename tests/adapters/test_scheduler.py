@@ -26,7 +26,7 @@ from flowsolve.solvers import DDIM, Euler, Heun, Solver, UniPC
 from flowsolve.solvers.injection import Churn
 
 diffusers = pytest.importorskip("diffusers")
-from flowsolve.adapters.diffusers import Scheduler, as_flow  # noqa: E402
+from flowsolve.adapters.diffusers import Scheduler, as_flow, timetable  # noqa: E402
 from flowsolve.adapters.diffusers.convention import SUPPORTED  # noqa: E402
 from flowsolve.adapters.diffusers.reading import read  # noqa: E402
 from flowsolve.adapters.diffusers.settings import from_json, to_json  # noqa: E402
@@ -340,7 +340,7 @@ def test_dynamic_shift(kind: str, shift: float) -> None:
     s = Scheduler.from_config(config, solver="euler")
     s.set_timesteps(6, mu=1.1)
     torch.testing.assert_close(s.sigmas, theirs.sigmas, rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match=r"give set_timesteps\(mu=…\)"):
+    with pytest.raises(ValueError, match=r"a loop of your own: set_timesteps\(…, mu=μ\)"):
         s.set_timesteps(6)
     s = Scheduler.from_config(config, solver="euler", grid="uniform")
     s.set_timesteps(4, mu=1.1)
@@ -526,7 +526,8 @@ def test_a_loop_over_time_steps_reads_no_value_back(name: str, monkeypatch: pyte
     def read(timestep: Any) -> float:
         raise AssertionError("the value of a time step was read")
 
-    monkeypatch.setattr(sys.modules[Scheduler.__module__], "_number", read)
+    for module in (sys.modules[Scheduler.__module__], timetable):
+        monkeypatch.setattr(module, "number", read)
     x = noise()
     for t in s.timesteps[2:]:
         x = s.step(s.scale_model_input(x, t), t, x).prev_sample

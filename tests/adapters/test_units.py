@@ -157,11 +157,15 @@ def test_the_latent_upscaler_preconditions_by_sigmas() -> None:
     assert errors["dpmsolver++"] < errors["euler"]
 
 
-def test_its_loop_cannot_be_led() -> None:
-    """It reads `sigmas` by the number of the turn."""
+def test_the_upscaler_is_captured() -> None:
+    """It reads `sigmas` by the number of the turn: that is the level at the time which the turn is asked at."""
     pipe = upscaler()
-    with pytest.raises(RuntimeError, match=r"reads scheduler.sigmas in its loop"):
-        capture(pipe, **call(4))
+    converged = upscaled(pipe, 400)
+    held = capture(pipe, **call(4))
+    sol = fs.sample(held.flow, start=held.start, solver="heun", grid="log_snr", nfe=60, interval=held.interval,
+                    cond=held.cond)  # fmt: skip
+    held.close()
+    assert float((sol.x - converged).norm() / converged.norm()) < 0.02
 
 
 def test_a_captured_pipeline_of_the_kin_is_in_the_path_s_units() -> None:

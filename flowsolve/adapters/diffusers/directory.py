@@ -16,6 +16,7 @@ from torch import nn
 
 from flowsolve.adapters.diffusers.convention import DISTILLED, JUMPS, class_name, completed, convention
 from flowsolve.adapters.diffusers.models import MODELS, check_channels, wrap
+from flowsolve.adapters.diffusers.options import foreign
 from flowsolve.adapters.diffusers.refusals import MARKS, accompanied, contradicted
 from flowsolve.adapters.diffusers.weights import built, count
 from flowsolve.adapters.files import Source, read_json, safetensors_header
@@ -236,12 +237,15 @@ def _finding(
 
 def _options(scheduler: Any) -> str:
     """The options of a scheduler that say something of training."""
-    config = scheduler if isinstance(scheduler, Mapping) else scheduler.config
+    config = dict(scheduler if isinstance(scheduler, Mapping) else scheduler.config)
+    config = {k: v for k, v in config.items() if k not in foreign(config, str(class_name(scheduler)))}
     keys = ("num_train_timesteps", "beta_schedule", "prediction_type", "rescale_betas_zero_snr", "use_flow_sigmas")
     edm = ("sigma_min", "sigma_max", "sigma_data", "timestep_type", "invert_sigmas")
     told = [f"{k} = {config[k]}" for k in (*keys, *edm) if config.get(k) not in (None, False)]
     if config.get("trained_betas") is not None:
         told.append("trained_betas")
+    if config.get("predict_epsilon") is False:
+        told.append("predict_epsilon = False, that is, data")
     return ", ".join(told) or "its defaults"
 
 

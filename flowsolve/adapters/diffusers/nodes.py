@@ -49,12 +49,15 @@ def shift_of(config: Mapping[str, Any], mu: float | None) -> float:
     Raises:
         ValueError: a dynamic shift without μ.
     """
+    name = "flow_shift" if config.get("use_flow_sigmas") else "shift"
     if not config.get("use_dynamic_shifting"):
-        return float(config.get("flow_shift" if config.get("use_flow_sigmas") else "shift", 1.0))
+        return float(config.get(name, 1.0))
     if mu is None:
         raise ValueError(
-            "use_dynamic_shifting = True leaves the shift to the size of the image: give set_timesteps(mu=…), as "
-            "pipelines do, or Scheduler.from_config(…, use_dynamic_shifting=False, shift=…)"
+            "use_dynamic_shifting = True leaves the shift to the size of the image, and nothing says its μ. In a "
+            "pipeline that does not hand μ on (it asks for the class of its own scheduler): Scheduler.from_config("
+            f"pipe.scheduler, use_dynamic_shifting=False, {name}=s) with s = math.exp(μ) (μ itself where "
+            "time_shift_type is 'linear'); in a loop of your own: set_timesteps(…, mu=μ)"
         )
     return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else float(mu)
 
@@ -72,12 +75,13 @@ def own(reading: Reading, steps: int, mu: float | None = None) -> Nodes:
     config, path = reading.config, reading.path
     if reading.straight:
         span = table_size(config)
-        if reading.name == "UniPCMultistepScheduler" and any(config.get(k) for k in RESPACED):
+        if "beta_schedule" in config and any(config.get(k) for k in RESPACED):
             table = Discrete(alphas_cumprod(config))  # levels of σ/α, between those of the table where none are given
             levels = _respaced(config, [_level(table, span - 1.0), _level(table, 0.0)], steps)
             return [1.0 / (1.0 + v) for v in levels], 1.0
         if reading.name in FLOW_SCHEDULERS:
-            base = [1.0 - (1.0 - 1.0 / span) * i / max(steps - 1, 1) for i in range(steps)]
+            low = 1.0 / max(span, steps)  # a table of one entry is a clock that runs from 0 to 1
+            base = [1.0 - (1.0 - low) * i / max(steps - 1, 1) for i in range(steps)]
         elif reading.name == "UniPCMultistepScheduler":
             base = [1.0 - (1.0 - 1.0 / span) * i / steps for i in range(steps)]
         else:
@@ -115,7 +119,10 @@ def from_sigmas(reading: Reading, sigmas: Sequence[float], mu: float | None = No
     clean = len(levels) > 1 and levels[-1] == 0.0
     levels = levels[:-1] if clean else levels
     if not levels or any(not math.isfinite(v) or v <= 0.0 for v in levels):
-        raise ValueError(f"sigmas = {[float(v) for v in sigmas]}; expected noise levels that fall, 0 only as the last")
+        raise ValueError(
+            f"sigmas = {[float(v) for v in sigmas]}; expected noise levels that fall, 0 only as the last (for a "
+            "pipeline that hands others over, keep its own scheduler)"
+        )
     if reading.straight:
         shift = shift_of(config, mu)
         levels = [shift * v / (1.0 + (shift - 1.0) * v) for v in levels]

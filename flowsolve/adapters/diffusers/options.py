@@ -133,16 +133,19 @@ def options_of(name: str) -> dict[str, Any]:
     return {**OPTIONS.get(name, {}), **parameters(name)}
 
 
-@cache
 def parameters(name: str) -> Mapping[str, Any]:
     """The options of a class as the installed diffusers has them; empty where it has no such class, or is missing."""
     try:
         library = require("diffusers", "diffusers", "reading a diffusers scheduler")
     except ImportError:
         return {}
-    if not hasattr(library.schedulers, name):
-        return {}
-    known = inspect.signature(getattr(library.schedulers, name).__init__).parameters.values()
+    kind = getattr(library.schedulers, name, None)
+    return {} if kind is None else _signature(kind)
+
+
+@cache
+def _signature(kind: type[Any]) -> Mapping[str, Any]:
+    known = inspect.signature(kind.__init__).parameters.values()
     return {p.name: p.default for p in known if p.name != "self" and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
 
 

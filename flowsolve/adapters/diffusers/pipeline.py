@@ -18,7 +18,9 @@ given latents at its first step and ends the loop.
 
 * The pipeline must iterate over `scheduler.timesteps` (or a slice), call `scheduler.step` once in a turn, and leave the
   sample alone in between. Inpainting by blending does not, nor does `denoising_end`: errors, not wrong answers.
-* What depends on the number of the turn (guidance for the first half of the steps) sees numbers that go on rising.
+* What depends on the number of the turn (a ControlNet for the first half of the steps) is no function of (x, t), and
+  refused where an argument of the call says so (`turns`). Other numbers of turns go on rising: a pipeline that looks
+  them up in a table of its own ends at the end of that table, and says so.
 * All samples of a turn have one time. Samples at different times, as an adaptive solver has them, take one turn each:
   capture one sample at a time, or expect B times the work for a batch of B. NFE counts what a sample asked for.
 * Thread-local settings of the caller, such as autocast, do not reach the loop, except for the device.
@@ -45,6 +47,8 @@ from flowsolve._batch import state_dtype
 from flowsolve.adapters.diffusers.layout import OWN
 from flowsolve.adapters.diffusers.refusals import warn_if_distilled
 from flowsolve.adapters.diffusers.scheduler import Scheduler, StepOutput
+from flowsolve.adapters.diffusers.timetable import level, one_time
+from flowsolve.adapters.diffusers.turns import require_no_turns
 from flowsolve.adapters.networks import first_half
 from flowsolve.flow import Flow
 from flowsolve.solvers import Auto
@@ -102,16 +106,18 @@ def capture(pipe: Any, *args: Any, **kwargs: Any) -> Captured:
         **kwargs: of the call; num_inference_steps matters only for the start of image-to-image.
 
     Raises:
-        ValueError: a scheduler that is not supported.
+        ValueError: a scheduler that is not supported, or a call that decides by the number of the turn.
         RuntimeError: a pipeline whose loop cannot be led; see the module's docstring.
     """
+    require_no_turns(pipe, args, kwargs)
     warn_if_distilled(pipe)
     loop, later = _Waiting(), _copied(kwargs)  # copied before the call draws from its generators
     led, net = _led(pipe, loop), _Turn(loop)
     sample, when = loop.begin(led, args, kwargs)
     reading, plan, net.batch = led.scheduler.reading, loop.plan, len(sample)
-    flow = Flow(net, reading.path, reading.flow.prediction, time=reading.flow.clock, nfe_per_call=max(1, loop.calls))
-    t = min(plan.times, key=lambda v: abs(float(reading.flow.clock(v)) - when))
+    clock = led.scheduler._table.clock
+    flow = Flow(net, reading.path, reading.flow.prediction, time=clock, nfe_per_call=max(1, loop.calls))
+    t = min(plan.times, key=lambda v: abs(float(clock(v)) - when))
     end = plan.end if plan.closing is None else plan.closing.t
     start = sample.detach().to(state_dtype(sample))
     return Captured(flow, start, (t, end), {"rows": torch.arange(len(sample), device="cpu")}, pipe, args, later)
@@ -120,11 +126,12 @@ def capture(pipe: Any, *args: Any, **kwargs: Any) -> Captured:
 class _Loop:
     """What leads a pipeline's loop: gives its time steps, and takes its steps."""
 
-    plan: Any
+    plan: Any = None
     given: Tensor | None = None
     shown: Tensor | None = None
     stepped = True
     done = False
+    turns = 0
     time: Tensor | None = None
 
     def times(self, known: Tensor) -> Iterator[Tensor]:
@@ -208,6 +215,17 @@ class _Waiting(_Loop):
                 self.answers.put(RuntimeError("the pipeline came to its end without calling scheduler.step again"))
             except _Stop:
                 pass
+            except IndexError as error:
+                steps = len(self.plan.times) if self.plan is not None else 0
+                if self.turns < steps:
+                    self.answers.put(error)
+                    return
+                ended = RuntimeError(
+                    f"the pipeline looks things up by the number of the turn, and its tables end after {steps} of them "
+                    f"({error}); capture it with num_inference_steps as large as the evaluations that a solve may need"
+                )
+                ended.__cause__ = error
+                self.answers.put(ended)
             except BaseException as error:  # told to whoever waits
                 self.answers.put(error)
 
@@ -226,7 +244,7 @@ class _Waiting(_Loop):
             self.calls += len((names or tensors)[0]) if names or tensors else 0
 
     def exchange(self, output: Tensor, sample: Tensor) -> Tensor:
-        self.counting = False
+        self.counting, self.turns = False, self.turns + 1
         assert self.shown is not None
         shown = self.factor(float(self.shown))
         self.answers.put((output, sample if shown == 1.0 else sample.to(state_dtype(sample)) / shown))
@@ -331,6 +349,29 @@ class _Moving(Tensor):
         return _Moving.of(found, self.loop) if isinstance(key, slice) else found
 
 
+class _Levels(Tensor):
+    """Noise levels: that with the number of the turn is the level at the time which the turn is asked at."""
+
+    lead: _Lead
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def of(cls, values: Tensor, lead: _Lead) -> _Levels:
+        """Values of a scheduler whose loop is led."""
+        made = values.as_subclass(cls)
+        made.lead = lead
+        return made
+
+    def __getitem__(self, key: Any) -> Tensor:
+        lead, loop = self.lead, self.lead.loop
+        if key != loop.turns or loop.shown is None:
+            raise RuntimeError(
+                "the pipeline looks up other noise levels than that of its turn, which are not known while it is led; "
+                "use a Scheduler instead"
+            )
+        return torch.tensor(level(lead.reading, lead._time(loop.shown)), dtype=torch.float32, device="cpu")
+
+
 class _Lead(Scheduler):
     """A scheduler whose time steps and steps are a loop's."""
 
@@ -342,12 +383,8 @@ class _Lead(Scheduler):
 
     @property
     def sigmas(self) -> Tensor:
-        if self.loop.shown is not None:
-            raise RuntimeError(
-                "the pipeline reads scheduler.sigmas in its loop, by the number of the turn, which says nothing of the "
-                "time that it is asked at; its loop cannot be led. Use a Scheduler instead"
-            )
-        return super().sigmas
+        known = super().sigmas
+        return known if self.loop.shown is None else _Levels.of(known, self)
 
     def step(
         self,
@@ -358,9 +395,13 @@ class _Lead(Scheduler):
         use_clipped_model_output: bool | None = None,
         generator: Any = None,
         return_dict: bool = True,
+        *,
+        prev_timestep: Any = None,
+        per_token_timesteps: Tensor | None = None,
     ) -> StepOutput | tuple[Tensor, Tensor]:
         """Hand the output over, and return the sample that is asked about next."""
         self.loop.plan = self._table.plan
+        model_output = one_time(model_output, per_token_timesteps)
         x = self.loop.step(model_output, timestep, sample)
         return StepOutput(x, x) if return_dict else (x, x)
 

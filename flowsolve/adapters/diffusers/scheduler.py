@@ -43,14 +43,16 @@ from flowsolve.adapters.diffusers.convention import completed
 from flowsolve.adapters.diffusers.layout import Plan, lay
 from flowsolve.adapters.diffusers.peers import as_configured, unstated
 from flowsolve.adapters.diffusers.pull import Run
-from flowsolve.adapters.diffusers.reading import LEAST, OURS, Reading, read, start_std
+from flowsolve.adapters.diffusers.reading import OURS, Reading, read, start_std
 from flowsolve.adapters.diffusers.refusals import advised, warn_if_distilled
 from flowsolve.adapters.diffusers.seeds import seeds
 from flowsolve.adapters.diffusers.settings import INSTALL, OPTIONS, merged, named, require_saveable, write_note
 from flowsolve.adapters.diffusers.tables import table_size
+from flowsolve.adapters.diffusers.timetable import Timetable, number, one_time
+from flowsolve.adapters.diffusers.unshifted import Unshifted
 from flowsolve.noise import Noise
 from flowsolve.predictions import SingularEstimate
-from flowsolve.solvers import DDIM
+from flowsolve.solvers import DDIM, Auto
 
 require("diffusers", "diffusers", "a scheduler for its pipelines")
 # Loading a pipeline looks for these two in the module that a component's class is from.
@@ -73,20 +75,10 @@ class StepOutput(BaseOutput):
     pred_original_sample: Tensor
 
 
-@dataclass(frozen=True)
-class _Table:
-    """A plan as pipelines see it, on a device."""
-
-    plan: Plan
-    timesteps: Tensor
-    sigmas: Tensor
-    host: tuple[float, ...]
-
-
 class _Own(threading.local):
     """What each thread has to itself."""
 
-    table: _Table | None = None
+    table: Timetable | None = None
     run: Run | None = None
     begin: int | None = None
 
@@ -145,8 +137,9 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         strange = [k for k in changes if k not in known]
         if strange:
             raise TypeError(
-                f"{strange[0]!r} is no option of Scheduler ({', '.join(OPTIONS)}) or of {name}; drop it, or see "
-                "pipe.scheduler.config"
+                f"{strange[0]!r} is no option of Scheduler ({', '.join(OPTIONS)}) or of {name}; drop it, see "
+                "pipe.scheduler.config (where options of other classes are only carried along), or give a scheduler of "
+                f"a class that has it: X.from_config(pipe.scheduler.config, {strange[0]}=...)"
             )
         if solver is None and isinstance(before := (known.get(OURS) or {}).get("solver"), str):
             solver = before
@@ -167,7 +160,7 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         asked = [*dict.fromkeys([*(known.get(OURS) or {}).get("asked", ()), *changes])]
         self.register_to_config(**kept, **{OURS: {"scheduler": name, "unstated": left, "asked": asked, **ours}})
         self._reading: tuple[Any, Reading] | None = None
-        self._shared: _Table | None = None
+        self._shared: Timetable | None = None
         self._own = _Own()
         _ = self.reading  # what is not supported is an error here
 
@@ -273,6 +266,17 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         """The entry of the next evaluation; None when no run is under way."""
         return None if self._own.run is None else self._own.run.at
 
+    @property
+    def _step_index(self) -> int | None:
+        return self.step_index
+
+    @_step_index.setter
+    def _step_index(self, index: Any) -> None:
+        raise RuntimeError(
+            "the pipeline moves the scheduler's counter to take a step twice (as Cosmos 1 does for ẑ), which a solver "
+            "that remembers cannot follow; keep its own scheduler"
+        )
+
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Say at which entry of `timesteps` the next run begins."""
         self._own.begin = begin_index
@@ -298,10 +302,15 @@ class Scheduler(SchedulerMixin, ConfigMixin):
             mu: of a shift that depends on the image's size.
 
         Raises:
-            ValueError: none or several of the three, or nodes that are no grid.
+            ValueError: none of the three, or nodes that are no grid; timesteps and sigmas together that are not the
+                same before the shift (as CogView4's, whose network is told the level before it).
         """
+        unshifted = None
+        if timesteps is not None and sigmas is not None:
+            unshifted = Unshifted.of(self.reading, timesteps, sigmas, mu)
+            timesteps, sigmas = None, unshifted.told(sigmas, self._spaced)
         given = [v for v in (timesteps, sigmas) if v is not None]
-        if len(given) > 1 or (num_inference_steps is None and not given):
+        if num_inference_steps is None and not given:
             raise ValueError("give one of num_inference_steps, timesteps and sigmas")
         listed = [float(v) for v in given[0]] if given else []
         if given and num_inference_steps not in (None, len(listed)):
@@ -317,18 +326,7 @@ class Scheduler(SchedulerMixin, ConfigMixin):
             )  # fmt: skip
         except SingularEstimate as error:
             raise SingularEstimate(advised(error, self.reading)) from error
-        flow = self.reading.flow
-        host = tuple(float(flow.clock(t)) for t in plan.times)
-        end = plan.closing.t if plan.closing is not None else plan.end
-        levels = [self._level(t) for t in plan.times]
-        clean = plan.closing is not None and plan.closing.noise == 0.0
-        levels.append(0.0 if clean else self._level(end))
-        table = _Table(
-            plan,
-            torch.tensor(host, dtype=torch.float32, device=device or "cpu"),
-            torch.tensor(levels, dtype=torch.float32, device="cpu"),
-            host,
-        )
+        table = Timetable.of(plan, unshifted, device)
         self._own.table, self._own.run, self._own.begin = table, None, None
         self._shared = table
 
@@ -337,7 +335,7 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         reading = self.reading
         if reading.said.precondition is None and not reading.stretched:
             return sample
-        place = self._place(timestep)
+        place = self._table.place(timestep)
         point = self._table.plan.points[place] if place is not None else reading.path.at(self._time(timestep))
         return sample * reading.scale(point)
 
@@ -350,6 +348,9 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         use_clipped_model_output: bool | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         return_dict: bool = True,
+        *,
+        prev_timestep: Any = None,
+        per_token_timesteps: Tensor | None = None,
     ) -> StepOutput | tuple[Tensor, Tensor]:
         """Take the network's output at a sample, and return the sample to evaluate next.
 
@@ -362,11 +363,15 @@ class Scheduler(SchedulerMixin, ConfigMixin):
             use_clipped_model_output: for DDIMPipeline; ε̂ always matches a clipped ẑ here.
             generator: names the noise of the steps; read once, at the first step of a run.
             return_dict: return a `StepOutput`, or a tuple of the same.
+            prev_timestep: of the unCLIP kind, where this step leads; the plan has its own.
+            per_token_timesteps: of LTX's conditions; times that are all one, and then model_output is −1 times the
+                network's, as that kind takes it.
 
         Raises:
             ValueError: an output of another shape, or a run that would begin within a step.
         """
         table, own = self._table, self._own
+        model_output = one_time(model_output, per_token_timesteps)
         variance = self.config.get("variance_type") in ("learned", "learned_range")
         if variance and model_output.ndim > 1 and model_output.shape[1] == 2 * sample.shape[1]:
             model_output = model_output[:, : sample.shape[1]]
@@ -374,7 +379,8 @@ class Scheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f"model_output has shape {tuple(model_output.shape)}; expected the sample's, {tuple(sample.shape)}"
             )
-        run, at = own.run, self._index(timestep)
+        run = own.run
+        at = table.index(timestep, own.begin if run is None else run.at)
         if run is None or run.at != at:
             run = own.run = self._begin(table.plan, at, sample, eta, generator)
         ahead, data = run.advance(model_output, sample)
@@ -385,7 +391,8 @@ class Scheduler(SchedulerMixin, ConfigMixin):
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Any) -> Tensor:
         """α z + σ ε at times of the network, one or one a sample, as a sample is shown; in the samples' dtype."""
         times = hosted(timesteps).detach().cpu().double().reshape(-1)
-        t = hosted(self.reading.native(times)).clamp(0.0, 1.0)
+        known = self._own.table or self._shared
+        t = hosted((self.reading if known is None else known).native(times)).clamp(0.0, 1.0)
         point = self.reading.path.at(t.expand(len(original_samples)) if t.numel() == 1 else t)
         wide = torch.promote_types(original_samples.dtype, torch.float32)
         shown, device = self.reading.shown(point), original_samples.device
@@ -401,53 +408,23 @@ class Scheduler(SchedulerMixin, ConfigMixin):
     def __len__(self) -> int:
         return table_size(self.config)
 
+    @property
+    def _spaced(self) -> bool:
+        return self._options["grid"] is not None or isinstance(self._options["solver"], Auto)
+
     # --- within -------------------------------------------------------------------------------------------------------
 
     @property
-    def _table(self) -> _Table:
+    def _table(self) -> Timetable:
         table = self._own.table or self._shared
         if table is None:
             raise ValueError("no time steps are set; call set_timesteps(num_inference_steps) first")
         return table
 
-    def _level(self, t: float) -> float:
-        point = self.reading.path.at(t)
-        if self.reading.straight:
-            return float(point.sigma)
-        if not point.alpha:
-            return float(point.sigma / LEAST if self.reading.stretched else "inf")
-        return float(point.sigma / point.alpha)
-
     def _time(self, timestep: Any) -> float:
         """The flow time of a time of the network."""
-        return float(self.reading.native(_number(timestep)))
-
-    def _place(self, timestep: Any) -> int | None:
-        """The entry that a time step is, where it is a view of `timesteps`: read without waiting for a device."""
-        known = self._table.timesteps
-        if not isinstance(timestep, Tensor) or timestep.numel() != 1 or timestep.dtype != known.dtype:
-            return None
-        same = timestep.untyped_storage().data_ptr() == known.untyped_storage().data_ptr()
-        return int(timestep.storage_offset()) if same else None
-
-    def _index(self, timestep: Any) -> int:
-        """The entry of `timesteps` that a time step is: by its place, or the nearest; of equals the one that is next.
-
-        Raises:
-            ValueError: a number that is none of them, by more than half precisions and whole numbers lose.
-        """
-        place = self._place(timestep)
-        if place is not None:
-            return place
-        table, run, k = self._table, self._own.run, _number(timestep)
-        expected = run.at if run is not None else self._own.begin
-        order: list[int] = [] if expected is None else [expected]
-        order += [*table.plan.begins, *range(len(table.host))]
-        least = min(abs(v - k) for v in table.host)
-        found = next(i for i in order if abs(table.host[i] - k) <= least * (1.0 + 1e-6) + 1e-9)
-        if found != expected and least > 2**-8 * abs(k) + 1e-3 * abs(table.host[0]):
-            raise ValueError(f"timestep = {k:g} is none of timesteps, {[round(v, 3) for v in table.host]}; pass those")
-        return found
+        table = self._own.table or self._shared
+        return float((self.reading if table is None else table).native(number(timestep)))
 
     def _begin(self, plan: Plan, at: int, sample: Tensor, eta: float | None, generator: Any) -> Run:
         solver, stepper = plan.solver, None
@@ -458,16 +435,3 @@ class Scheduler(SchedulerMixin, ConfigMixin):
             stepper = solver.on(plan.reading.path, None, plan.intervals)
         noise = Noise.for_batch(seeds(sample, generator, self._options["seed"]), len(sample)) if solver.random else None
         return Run(plan, at, sample, noise, stepper)
-
-
-def _number(timestep: Any) -> float:
-    """A time step as a float: a number, or a tensor whose entries are all the same."""
-    if not isinstance(timestep, Tensor):
-        return float(timestep)
-    values = timestep.detach().cpu().double().reshape(-1)
-    if not len(values) or bool((values != values[0]).any()):
-        raise ValueError(
-            f"timestep = {timestep}; expected one time for all samples. For a time of its own for each, own the loop: "
-            "flowsolve.adapters.diffusers.capture"
-        )
-    return float(values[0])
