@@ -18,7 +18,7 @@ Format = Annotated[str | None, typer.Option(help="Family of the checkpoint, if i
 Declare = Annotated[list[str] | None, typer.Option(help="KEY=VALUE that it does not say; may be repeated.")]
 TrustPickle = Annotated[bool, typer.Option("--trust-pickle", help="Run code that is in the file, with your rights.")]
 
-SWITCHES = ("trust_pickle",)
+SWITCHES = ("trust_pickle", "capture")
 """Options that have no --no- form."""
 
 

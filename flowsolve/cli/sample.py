@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from flowsolve.cli._conditions import conditions, guided, hinted
 from flowsolve.cli._running import Declare, Format, TrustPickle, command, evaluations, one_line, opened
 from flowsolve.cli._terminal import say
 
@@ -24,6 +25,16 @@ def sample(
     shape: Annotated[
         str | None, typer.Option(help="Shape of a sample, as in 3,32,32; by default the network's.")
     ] = None,
+    classes: Annotated[
+        str | None, typer.Option("--class", help="Class label of the samples, or several in turn, as in 0,1,2.")
+    ] = None,
+    cond: Annotated[
+        str | None, typer.Option(help="The network's keyword arguments: .npz; arrays with N rows have one a sample.")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Classifier-free guidance scale, with --class and --null-class.")
+    ] = None,
+    null_class: Annotated[int | None, typer.Option(help="The label that stands for no class.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Samples of a batch: what a kill can cost.")] = 64,
     init: Annotated[
         str | None, typer.Option(help="Image (or folder, .npy, .npz) to start from; needs --strength.")
@@ -50,7 +61,8 @@ def sample(
 ) -> None:
     """Draw samples; stopped at any point, the same command goes on. torchrun shares it."""
     given = {k: v for k, v in locals().items() if k not in ("source", "out", "progress", "resume")}
-    with one_line("sample", out):
+    given["class"] = given.pop("classes")
+    with one_line("sample", out), hinted(classes is not None or cond is not None):
         from flowsolve.grids.names import grid as grid_of
         from flowsolve.runs import invert as carry
         from flowsolve.runs import sample as draw
@@ -60,6 +72,10 @@ def sample(
         options: dict[str, Any] = {"nfe": nfe, "chart": chart, "grid": None if grid is None else grid_of(grid)}
         event = None if shape is None else _numbers(shape)
         flow, place = opened(source, device, format, declare, trust_pickle)
+        conditioned = conditions(n, classes, cond)
+        flow = guided(flow, guidance, null_class, conditioned)
+        if conditioned:
+            options["cond"] = conditioned
         notes = {"command": command("sample", (source,), given)}
         if invert is not None:
             if init is not None:
