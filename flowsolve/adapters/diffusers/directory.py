@@ -168,8 +168,9 @@ def _finding(
     refusal, missing, read = None, [], None
     if name not in MODELS and (not in_memory or "ModelMixin" in [c.__name__ for c in type(model).__mro__]):
         raise ValueError(
-            f"{what} holds a {name}; supported are {', '.join(MODELS)}. Another network becomes a flow by "
-            "fs.Flow(net, path, prediction, time=...) around a function net(x, t, **cond)"
+            f"{what} holds a {name}; supported are {', '.join(MODELS)}. With its pipeline another becomes a flow by "
+            "adapters.diffusers.capture(pipe, prompt), and any by fs.Flow(net, path, prediction, time=...) around a "
+            "function net(x, t, **cond)"
         )
     if wrong := check_channels(str(name), config):
         raise ValueError(f"{model}: {wrong}" if not in_memory else wrong)
