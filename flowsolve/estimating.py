@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from flowsolve._batch import hosted, linear, send, state_dtype
-from flowsolve._surroundings import array
+from flowsolve._surroundings import array, within
 from flowsolve.charts import Chart
 from flowsolve.drivers import Ask
 from flowsolve.flow import Flow
@@ -100,7 +100,8 @@ class Estimator:
         points = path.at(times)
         known = Estimate(y, y, points, flow.prediction.row(points))
         numbers = chart.scale(points), *known.coefficients(*chart.row(points, clock))
-        whole: list[Any] = [(None if recorded else _same(v)) if isinstance(v, Tensor) else float(v) for v in numbers]
+        seen = recorded or within() is not None  # then no tensor is one of the host, to be looked at
+        whole: list[Any] = [(None if seen else _same(v)) if isinstance(v, Tensor) else float(v) for v in numbers]
         sent = [v for v, w in zip(numbers, whole, strict=True) if w is None]
         when = state_dtype(y) if flow.dtype is None else torch.promote_types(flow.dtype, torch.float32)
         native: Any = None
@@ -109,8 +110,9 @@ class Estimator:
             if when is y.dtype:
                 sent = [native.to(torch.float64), *sent]
         if sent:
-            if recorded:
+            if seen:
                 table = torch.stack([v.expand(clock.shape) for v in sent]).to(y.dtype)
+                table = table if recorded else send(table, y)
             else:  # in numpy, which starts no threads: on a machine with many cores they cost more than this
                 packed = np.stack([v.expand(clock.shape).numpy() for v in sent]).astype(NUMPY[y.dtype])
                 table = send(torch.from_numpy(packed), y)

@@ -17,11 +17,11 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from flowsolve import grids
 from flowsolve._arguments import check_gradient, check_solver, state
-from flowsolve._batch import Context, send, state_dtype
+from flowsolve._batch import Context, Whose, hosted, send, state_dtype
 from flowsolve._guard import Guard
 from flowsolve._parameters import modules_of
 from flowsolve._surroundings import eager, mapped, moving, recorded
@@ -41,12 +41,13 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def solve(
-    f: Callable[[Tensor, Any], Any],
+    f: Callable[..., Any],
     y0: Any,
     t0: float | Tensor,
     t1: float | Tensor,
     *,
     solver: Solver | str,
+    args: Sequence[Any] = (),
     nfe: int | None = None,
     t_eval: Sequence[float] | Tensor | None = None,
     batched: bool = True,
@@ -62,8 +63,13 @@ def solve(
             (B, 1, …, 1) in an adaptive solve, where every sample has its own time; (B, 1) where y is a tree.
         y0: initial state: a tensor, or a tree (tuple, list, dict) of them, of shapes (B, *S), or any shapes with
             batched=False. f is given and returns the same tree.
-        t0, t1: the interval. Tensors that require gradients receive them, for two evaluations each.
+        t0, t1: the interval. Tensors that require gradients receive them, for two evaluations each. Tensors of shape
+            (B,) give each sample an interval of its own; the solver's clock then runs from 0 to 1 for all of them (its
+            `first_step`, `min_step` and `max_step` are shares of an interval).
         solver: a Runge–Kutta solver, or its name.
+        args: further arguments of f, f(t, y, *args). A tensor whose first dimension is B has a row a sample, which
+            follows it as others leave an adaptive solve's batch; anything else is shared. `flowsolve.per_sample` and
+            `flowsolve.shared` say otherwise.
         nfe: evaluations to spend on equal steps, or the most a sample may spend with an adaptive solver.
         t_eval: times at which to return the state, strictly monotone from t0 towards t1; the last of them ends the
             solve. Between steps the state is interpolated, which costs nothing, except with Dopri8 (3 evaluations in a
@@ -99,13 +105,18 @@ def solve(
     if not isinstance(solver, SlopeSolver):
         raise TypeError(f"{solver!r} works on flows only; a plain ODE needs a Runge–Kutta solver such as Dopri5()")
     check_gradient(gradient, solver)
+    if any(isinstance(t, Tensor) and t.ndim == 1 and not mapped(t) for t in (t0, t1)):
+        settings: dict[str, Any] = {"nfe": nfe, "progress": progress, "gradient": gradient, "params": params}
+        return _of_their_own(f, y0, t0, t1, args, t_eval, batched, throw, solver=solver, **settings)
     nfe = whole(nfe)
     start = _number(t0, "t0")
     stops = _stops(start, _number(t1, "t1"), t_eval)
     layout = _Layout(y0, batched)
     y = layout.pack(y0)
-    field = Guard(_fed(f, y0), "f")
+    field = Guard(partial(_spread, _fed(f, y0)) if args else _fed(f, y0), "f")
     field.armed = True
+    tree = {"args": tuple(Whose(v, False) if layout.single and not isinstance(v, Whose) else v for v in args)}
+    context = Context(tree if args else None, len(y))
     check_resolution(start, stops[-1], y.dtype)
 
     clock: dict[Any, Tensor] = {}
@@ -128,8 +139,20 @@ def solve(
                 else torch.full((), t, dtype=dtype, device=device)
             )
         if plain:
-            return layout.checked(field(time, x), x)
-        return layout.slope(field, time, x)
+            return layout.checked(called(time, x, context), x)
+        return layout.slope(field, time, x, context)
+
+    def called(time: Tensor, x: Tensor, given: Any) -> Any:
+        try:
+            return field(time, x, given)
+        except RuntimeError as error:
+            if len(x) == len(y) or type(error).__module__ != "builtins":
+                raise
+            raise RuntimeError(
+                f"f failed with the {len(x)} of {len(y)} samples that are still under way ({error}); tensors with a "
+                "row a sample that it holds or closes over are of all of them: hand them over by args=, as in "
+                "solve(lambda t, y, rate: -rate * y, …, args=(rate,))"
+            ) from error
 
     answer: Ask = ask
     intervals = None
@@ -147,17 +170,16 @@ def solve(
             def answer(query: Query, context: Any) -> Tensor:
                 """What `ask` answers, at less cost where all is as usual."""
                 if plain and query.nodes is None and (time := known(query.time)) is not None:
-                    slope: Tensor = field(time, query.x)
+                    slope: Tensor = field(time, query.x, context)
                     if slope.__class__ is Tensor and slope.dtype is dtype and slope.shape == shape:
                         return slope
                     return layout.checked(slope, query.x)
                 return ask(query, context)
 
-    context = Context(None, len(y))
     extra = 0
     if moving(t0):
         e = shift(t0)
-        y, extra = nudged(ask, y, start + e, -e, None), 2
+        y, extra = nudged(ask, y, start + e, -e, context.tree), 2
     states, solution = trajectory(
         y, start, stops, answer, context, solver=solver, intervals=intervals, budget=nfe, dense=t_eval is not None,
         mode=gradient if torch.is_grad_enabled() else "direct", functions=[f, *_listed(params)], progress=progress,
@@ -167,7 +189,7 @@ def solve(
         moved = []
         for x, end, stop in zip(states, ends, stops, strict=True):
             if moving(end):
-                x, extra = nudged(ask, x, stop, shift(end), None), extra + 2
+                x, extra = nudged(ask, x, stop, shift(end), context.tree), extra + 2
             moved.append(x)
         states = torch.stack(moved)
     solution = replace(solution, nfe=solution.nfe + extra)
@@ -381,14 +403,15 @@ class _Layout:
             return t[..., 0]
         return t.reshape(*t.shape, *[1] * (1 if self.tree else len(self.shapes[0]) - 1))
 
-    def slope(self, f: Guard, t: Tensor, x: Tensor) -> Tensor:
+    def slope(self, f: Guard, t: Tensor, x: Tensor, args: Any) -> Tensor:
         """f(t, y) as one tensor."""
         if not self.tree:
             given = x[0] if self.single else x
-            return self.checked(f(t, given), given)
+            return self.checked(f(t, given, args), given)
         given = self.unpack(x, like=True)
         # f is given copies, which it may write into, and what it returns is copied below.
-        answer = f.function(lambda: f.f(t.clone(), self.unpack(x.clone(), like=True)), x.device)
+        more = args or {}
+        answer = f.function(lambda: f.f(t.clone(), self.unpack(x.clone(), like=True), **more), x.device)
         leaves, spec = tree_flatten(answer)
         if spec != self.spec:
             leaves, spec = tree_flatten(_ordered(answer, given))
@@ -419,7 +442,48 @@ def _fed(f: Callable[[Tensor, Any], Any], y0: Any) -> Callable[[Tensor, Any], An
     if not isinstance(y0, Tensor):
         return f
     found = next((p.dtype for m in modules_of(f) for p in m.parameters() if p.dtype.is_floating_point), None)
-    return f if found not in HALF else lambda t, y: f(t.to(found), y.to(found))
+    return f if found not in HALF else lambda t, y, *more: f(t.to(found), y.to(found), *more)
+
+
+def _spread(f: Callable[..., Any], t: Tensor, y: Any, args: tuple[Any, ...]) -> Any:
+    """f(t, y, *args)."""
+    return f(t, y, *args)
+
+
+def _of_their_own(
+    f: Callable[..., Any],
+    y0: Any,
+    t0: float | Tensor,
+    t1: float | Tensor,
+    args: Sequence[Any],
+    t_eval: Any,
+    batched: bool,
+    throw: bool,
+    **settings: Any,
+) -> Solution:
+    """`solve` where each sample has an interval of its own: in u from 0 to 1, with t = t0 + (t1 − t0) u."""
+    if t_eval is not None or not batched:
+        raise ValueError("times of shape (B,) go with neither t_eval= nor batched=False; give the samples one interval")
+    leaves = tree_flatten(y0)[0]
+    count, device = len(leaves[0]), leaves[0].device
+    times = [hosted(t, dtype=torch.float64).to(device) for t in (t0, t1)]
+    if wrong := [tuple(t.shape) for t in times if t.ndim and len(t) != count]:
+        raise ValueError(f"t0 or t1 has shape {wrong[0]}; expected a number, or one a sample, ({count},)")
+    begin, end = (t.expand(count) for t in times)
+
+    def g(u: Tensor, y: Any, begin: Tensor, span: Tensor, *more: Any) -> Any:
+        wide = [v.ndim for v in tree_flatten(y)[0]]
+        depth = wide[0] if isinstance(y, Tensor) else 2
+        shape = (-1, *[1] * (depth - 1))
+        t = (begin.reshape(shape) + span.reshape(shape) * u).to(u.dtype)
+        return tree_map(lambda v: (span.reshape(-1, *[1] * (v.ndim - 1)) * v).to(v.dtype), f(t, y, *more))
+
+    own = (Whose(begin, True), Whose(end - begin, True), *args)
+    solution = solve(g, y0, 0.0, 1.0, args=own, throw=False, **settings)
+    first, last = (t.detach().cpu() for t in (begin, end))
+    reached = torch.where(solution.t == 1.0, last, first + (last - first) * solution.t)
+    solution = replace(solution, t=reached)
+    return solution.raise_on_failure() if throw else solution
 
 
 def _ordered(tree: Any, like: Any) -> Any:
