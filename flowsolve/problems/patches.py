@@ -124,15 +124,15 @@ def _cut(photo: Tensor, row: int, column: int) -> Tensor:
 def _photograph(name: str) -> Tensor:
     """A photograph by name, uint8 of shape (3, H, W)."""
     if name in ("flower", "china"):
-        picture = require("sklearn.datasets", "train", "a photograph").load_sample_image(f"{name}.jpg")
+        picture = require("sklearn.datasets", "bench", "a photograph").load_sample_image(f"{name}.jpg")
     elif name == "grace_hopper":
-        folder = Path(require("matplotlib", "train", "a photograph").get_data_path())
-        with require("PIL.Image", "train", "a photograph").open(folder / "sample_data" / "grace_hopper.jpg") as file:
+        folder = Path(require("matplotlib", "bench", "a photograph").get_data_path())
+        with require("PIL.Image", "bench", "a photograph").open(folder / "sample_data" / "grace_hopper.jpg") as file:
             picture = np.asarray(file.convert("RGB"))
     elif name == "motorcycle":
-        picture = require("skimage.data", "patches", "a photograph").stereo_motorcycle()[0]
+        picture = require("skimage.data", "bench", "a photograph").stereo_motorcycle()[0]
     else:
-        picture = getattr(require("skimage.data", "patches", "a photograph"), name)()
+        picture = getattr(require("skimage.data", "bench", "a photograph"), name)()
     return torch.from_numpy(np.array(picture[..., :3])).permute(2, 0, 1).contiguous()
 
 
