@@ -54,6 +54,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [*fields.JUDGED_PATHS, *fields.NETWORKS]
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help="paths and networks to measure")
+    parser.add_argument(
+        "--data", nargs="+", choices=list(fields.JUDGED_ON), default=list(fields.JUDGED_ON), metavar="NAME"
+    )
     parser.add_argument("--checkpoints", type=Path, help="the folder that holds patches-condot; left out without")
     parser.add_argument("--renew", action="store_true", help="measure auto alone; the rest is kept from the record")
     parser.add_argument("--search", nargs="+", choices=list(fields.CHOSEN_PATHS), metavar="PATH", help="rank pairs")
@@ -82,7 +85,8 @@ def judge(given: argparse.Namespace, names: Iterable[str]) -> None:
             case = fields.network(name, given.checkpoints, 4 if dear else 16, 512 if dear else 1024)
             made = compare([case], given.budgets or (DEAR if dear else BUDGETS), given.renew)
         else:
-            cases = fields.cases(fields.JUDGED_ON, fields.JUDGED_PATHS[name])
+            on = {data: make for data, make in fields.JUDGED_ON.items() if data in given.data}
+            cases = fields.cases(on, fields.JUDGED_PATHS[name])
             found = compare(cases, given.budgets or BUDGETS, given.renew)
             made = {f"{data}, {name}": rows for data, rows in found.items()}
         if given.renew:
@@ -121,8 +125,9 @@ def compare(cases: Iterable[Case], budgets: Iterable[int], renew: bool = False) 
                 for problem, error in errors.items():
                     # who leaves some of a budget stands for larger ones too
                     if math.isfinite(error) and calls <= n:
-                        old = best.setdefault(problem, {}).setdefault(kind, [math.inf, ""])
-                        best[problem][kind] = [error, name] if kind == "auto" or error < old[0] else old
+                        kinds = best.setdefault(problem, {})
+                        old = kinds.setdefault(kind, [math.inf, ""])
+                        kinds[kind] = [error, name] if kind == "auto" or error < old[0] else old
             for problem, kinds in best.items():
                 row: dict[str, Any] = {"budget": n}
                 for kind in KINDS:
@@ -150,9 +155,10 @@ def _theirs(case: Case, peer: Any, nfe: int) -> tuple[dict[str, float], int]:
         return {}, 0
 
 
-def ratios(rows: Iterable[Mapping[str, Any]], kind: str, low: int = 0) -> list[float]:
-    """auto's error over the best of a kind, at budgets from `low` on."""
-    return [r["auto"]["median"] / r[kind]["median"] for r in rows if kind in r and r["budget"] >= low]
+def ratios(rows: Iterable[Mapping[str, Any]], kind: str) -> list[float]:
+    """auto's error over the best of a kind; `auto` is one of ours, so that there it is 1 at least."""
+    found = [row["auto"]["median"] / row[kind]["median"] for row in rows if kind in row]
+    return [max(v, 1.0) for v in found] if kind == "ours" else found
 
 
 def summary(problems: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ What they have in common:
 * The form is a blend, $\hat z - \kappa\hat\varepsilon$: it measures the state by κα + σ, the scale of data of that
   size and of the noise together, which comes nearest to the exact solution. Few nodes and wide spectra want κ near 1.
 * Predictor and corrector have as many nodes: 2 at few evaluations, 3 and 4 at more.
-* The grid is dense where noise and data are of one size (`flowsolve.grids.warped`), wider than for narrow spectra alone.
+* The grid is dense where noise and data are of one size (`flowsolve.grids.warped`), and reaches far to both sides.
 * With few evaluations the last one is made at λ = 3 to 4 (σ/α = 0.05 to 0.02), and the rest is one step.
 
 | path | evaluations | order, κ, variable | grid |
