@@ -8,22 +8,31 @@ size of the noise everywhere); the record of `benchmarks/auto.py` says how far f
 What they have in common:
 
 * The form is a blend, $\hat z - \kappa\hat\varepsilon$: it measures the state by κα + σ, the scale of data of that
-  size and of the noise together, which comes nearest to the exact solution. Few nodes and wide spectra want κ near 1.
-* Predictor and corrector have as many nodes: 2 at few evaluations, 3 and 4 at more.
-* The grid is dense where noise and data are of one size (`flowsolve.grids.warped`), and reaches far to both sides.
-* With few evaluations the last one is made at λ = 3 to 4 (σ/α = 0.05 to 0.02), and the rest is one step.
+  size and of the noise together, which comes nearest to the exact solution.
+* The variable is λ. Polynomials in the clock of the form are ahead on exact networks, but their nodes crowd at the ends
+  of the path, where trained networks are rough, and their weights are large there.
+* Predictor and corrector have as many nodes: 2 at few evaluations, 4 at more.
+* The grid is dense where noise and data are of one size (`flowsolve.grids.warped`); the fewer the evaluations, the
+  sooner it begins and ends, and one step does the rest.
 
-| path | evaluations | order, κ, variable | grid |
+| path | evaluations | order, κ | grid |
 |---|---|---|---|
-| α > 0 at the noise | to 6 | 2, 0.5, λ | `Arctan(-0.25, 2.8)` to λ = 3, then the end |
-| | 7 to 13 | 3, 1.5, clock | `Arctan(0.75, 2.9)` to λ = 3.5 |
-| | 14 to 22 | 4, 0.2, λ | `Arctan(0.5, 4.1)` to λ = 6.2 |
-| | from 23 | 4, 0.3, λ | `Arctan(0, 3.5)` |
-| α = 0 at the noise | to 6 | 2, 0.5, λ | `Arctan(-1, 4)`, λ from −2 to 3 |
-| | 7 to 10 | 2, 0.7, λ | `Arctan(0, 4)`, λ from −3 to 4.1 |
-| | 11 to 17 | 4, 1, clock | `Arctan(0.75, 2.1)`, λ from −3 to 4.4 |
-| | 18 to 35 | 4, 0.5, clock | `Arctan(0.5, 2.5)`, λ from −3.75 to 5.3 |
-| | from 36 | 4, 0.4, clock | `Arctan(0.75, 2.5)`, λ from −4.25 to 5.6 |
+| α > 0 at the noise | to 4 | 2, 0.15 | `Arctan(-0.5, 2.4)` to λ = 2.4 |
+| | 5 to 6 | 2, 0.7 | `Arctan(-0.5, 2.8)` to λ = 2.7 |
+| | 7 to 8 | 2, 0.5 | `Arctan(-0.75, 4.1)` to λ = 3.6 |
+| | 9 to 10 | 2, 1 | `Arctan(-0.5, 3.4)` to λ = 4.1 |
+| | 11 to 14 | 4, 0.2 | `Arctan(0.25, 4.2)` to λ = 6.5 |
+| | 15 to 22 | 4, 0.3 | `Arctan(0.25, 5.1)` to λ = 5.3 |
+| | from 23 | 4, 0.3 | `Arctan(0, 3.5)` |
+| α = 0 at the noise | to 4 | 2, 0.15 | `Arctan(-1.5, 2.5)`, λ from −1.25 to 1.8 |
+| | 5 | 2, 0.15 | `Arctan(-2, 5.8)`, λ from −2 to 2.4 |
+| | 6 to 7 | 2, 0.7 | `Arctan(-1, 10.4)`, λ from −2.25 to 3 |
+| | 8 to 9 | 2, 1 | `Arctan(-0.25, 4.1)`, λ from −3 to 3.5 |
+| | 10 to 11 | 2, 1 | `Arctan(0, 4.1)`, λ from −3.5 to 3.8 |
+| | 12 to 15 | 4, 0.3 | `Arctan(0.25, 4.5)`, λ from −3.5 to 4.6 |
+| | 16 to 23 | 4, 0.4 | `Arctan(0.5, 4.1)`, λ from −4.75 to 5.3 |
+| | 24 to 39 | 4, 1 | `Arctan(0.25, 3)`, λ from −5.4 to 6.5 |
+| | from 40 | 4, 0.2 | `Arctan(0.5, 2.5)`, λ from −6.7 to 8.5 |
 
 Without a budget the choice is `Tsit5()` at its default tolerance. With noise (`Auto(eta=1.0)`) the solver is the data
 form's, with 2 nodes and a corrector of 1, weak order 2, and the grids are narrower (`NOISY`).
@@ -45,17 +54,24 @@ from flowsolve.solvers.multistep import Multistep
 __all__ = ["Auto"]
 
 FINITE: tuple[tuple[float, Solver, Spacing], ...] = (
-    (6, Multistep(2, 0.5, 2), Arctan(center=-0.25, width=2.8, until=3.0)),
-    (13, Multistep(3, 1.5, 3, variable="clock"), Arctan(center=0.75, width=2.9, until=3.5)),
-    (22, Multistep(4, 0.2, 4), Arctan(center=0.5, width=4.1, until=6.2)),
+    (4, Multistep(2, 0.15, 2), Arctan(center=-0.5, width=2.4, until=2.4)),
+    (6, Multistep(2, 0.7, 2), Arctan(center=-0.5, width=2.8, until=2.7)),
+    (8, Multistep(2, 0.5, 2), Arctan(center=-0.75, width=4.1, until=3.6)),
+    (10, Multistep(2, 1.0, 2), Arctan(center=-0.5, width=3.4, until=4.1)),
+    (14, Multistep(4, 0.2, 4), Arctan(center=0.25, width=4.2, until=6.5)),
+    (22, Multistep(4, 0.3, 4), Arctan(center=0.25, width=5.1, until=5.3)),
     (math.inf, Multistep(4, 0.3, 4), Arctan(center=0.0, width=3.5)),
 )
 OPEN: tuple[tuple[float, Solver, Spacing], ...] = (
-    (6, Multistep(2, 0.5, 2), Arctan(center=-1.0, width=4.0, since=-2.0, until=3.0)),
-    (10, Multistep(2, 0.7, 2), Arctan(center=0.0, width=4.0, since=-3.0, until=4.1)),
-    (17, Multistep(4, 1.0, 4, variable="clock"), Arctan(center=0.75, width=2.1, since=-3.0, until=4.4)),
-    (35, Multistep(4, 0.5, 4, variable="clock"), Arctan(center=0.5, width=2.5, since=-3.75, until=5.3)),
-    (math.inf, Multistep(4, 0.4, 4, variable="clock"), Arctan(center=0.75, width=2.5, since=-4.25, until=5.6)),
+    (4, Multistep(2, 0.15, 2), Arctan(center=-1.5, width=2.5, since=-1.25, until=1.8)),
+    (5, Multistep(2, 0.15, 2), Arctan(center=-2.0, width=5.8, since=-2.0, until=2.4)),
+    (7, Multistep(2, 0.7, 2), Arctan(center=-1.0, width=10.4, since=-2.25, until=3.0)),
+    (9, Multistep(2, 1.0, 2), Arctan(center=-0.25, width=4.1, since=-3.0, until=3.5)),
+    (11, Multistep(2, 1.0, 2), Arctan(center=0.0, width=4.1, since=-3.5, until=3.8)),
+    (15, Multistep(4, 0.3, 4), Arctan(center=0.25, width=4.5, since=-3.5, until=4.6)),
+    (23, Multistep(4, 0.4, 4), Arctan(center=0.5, width=4.1, since=-4.75, until=5.3)),
+    (39, Multistep(4, 1.0, 4), Arctan(center=0.25, width=3.0, since=-5.4, until=6.5)),
+    (math.inf, Multistep(4, 0.2, 4), Arctan(center=0.5, width=2.5, since=-6.7, until=8.5)),
 )
 NOISY: tuple[tuple[tuple[float, Spacing], ...], ...] = (
     (
