@@ -17,8 +17,8 @@ Stable Diffusion's table, sub-VP, CondOT, VE and the cosine path, and the networ
 All of it was fixed before the search. What was changed when a first judging had been seen: the mixture in D = 512 was
 added (rows for 12 evaluations were weak on mixtures in many dimensions); rows for the table were also held against a
 shorter one, `Discrete.linear(1000, 8e-4, 0.012)` (a row that extrapolates from the edge was weak on Stable
-Diffusion's); and polynomials of 4 nodes in the clock of the form were left out (on `patches-condot` they were far worse
-than those in λ), as those of 3 nodes were below 12 evaluations. To that extent the judging half is not unseen.
+Diffusion's); and polynomials in the clock of the form were left out where they were far worse on `patches-condot` than
+those in λ: of 4 nodes below 24 evaluations, of 3 below 12. To that extent the judging half is not unseen.
 
 Fields are solved in the basis where they are independent (solvers commute with an orthogonal change of basis). Of a
 Gaussian field all coefficients of one standard deviation s are multiplied by one gain G(s), so that a single row, with
