@@ -1,6 +1,6 @@
 r"""`solver="auto"`: a solver and a grid for a path, a budget and a noise level.
 
-The choice rests on the path and the budget alone, never on the network, and is made by minimax: of a few hundred forms,
+The choice rests on the path and the budget alone, never on the network, and is made by minimax: of many forms,
 orders, variables and grids the one whose error, divided by the smallest on each problem, is smallest where it is
 largest. The problems (`benchmarks/sections/fields.py`) have narrow spectra (mixtures, whose path happens within a few
 units of λ) and wide ones (power laws and scale mixtures of them, as of natural images, where some coefficient is of the
