@@ -9,8 +9,8 @@ r"""`solver="auto"` against our own best in hindsight and that of diffusers and 
 **The rule.** Rows of `flowsolve.solvers.auto` were found, for bands of budgets, by random and then local search over
 orders, forms, variables, correctors and `Arctan` grids on the choosing half: each error is divided by a small quantile
 of those that the random search found on that problem, and the smallest 8-norm of these ratios wins, which is nearly
-the smallest largest: what is never bad, rather than best on average. `--search` ranks the pairs of `sections/choices.py`
-and `auto` by their largest ratio.
+the smallest largest: what is never bad, rather than best on average. `--search` ranks the pairs of
+`sections/choices.py` and `auto` by their largest ratio.
 
 **Judged** are the errors of `auto` over the best in hindsight, at each budget and problem: of ours, over the pairs of
 `sections/choices.py` and the named solvers on plain grids; of the peers, over all their samplers × grids
