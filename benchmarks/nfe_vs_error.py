@@ -2,6 +2,7 @@ r"""Evaluations against error: our solvers, and `auto`, against the samplers of 
 
     python benchmarks/nfe_vs_error.py                        # everything: a quarter of an hour on one core
     python benchmarks/nfe_vs_error.py --only digits-ddpm     # renews these problems of the record
+    python benchmarks/nfe_vs_error.py --renew                # measures auto alone: a minute
     python benchmarks/nfe_vs_error.py --quick --out /tmp/nfe_vs_error.json
 
 **Problems** (`sections/generative.py`): mixtures in D = 2, 64 and 3072 on DDPM's table and on the straight path, whose
@@ -61,16 +62,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(PROBLEMS), metavar="NAME", help="problems to measure")
     parser.add_argument("--quick", action="store_true", help="fewer problems and budgets, for a test of the script")
+    parser.add_argument("--renew", action="store_true", help="measure auto alone; the rest is kept from the record")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the record")
     given = parser.parse_args()
     torch.set_num_threads(min(THREADS, os.cpu_count() or 1))
     logging.disable(logging.WARNING)  # schedulers tell about settings they complete
     warnings.simplefilter("ignore")
     head = {"environment": {**environment(), "peers": versions(), "absent": list(absent())}, "quick": given.quick}
-    record: dict[str, Any] = {**head, "problems": _kept(given.out, head) if given.only else {}}
+    record: dict[str, Any] = {**head, "problems": _kept(given.out, head) if given.only or given.renew else {}}
     for name in given.only or (QUICK if given.quick else PROBLEMS):
         start = time.perf_counter()
-        found = compare(name, (5, 10, 20) if given.quick else BUDGETS)
+        kept = record["problems"].get(name) if given.renew else None
+        found = compare(name, (5, 10, 20) if given.quick else BUDGETS, kept)
         record["problems"][name] = {"seconds": time.perf_counter() - start, **found}
         print(f"\n{name} ({record['problems'][name]['seconds']:.0f} s)", *table(found), sep="\n", flush=True)
     print("\ntargets", *_targets(record), sep="\n")
@@ -81,8 +84,8 @@ def main() -> None:
     draw_nfe.draw_ratios(given.out.with_name(f"{given.out.stem}-ratios.png"), record["problems"], JUDGED, NEAR)
 
 
-def compare(name: str, budgets: Iterable[int]) -> dict[str, Any]:
-    """All solvers on one problem at all budgets."""
+def compare(name: str, budgets: Iterable[int], kept: dict[str, Any] | None = None) -> dict[str, Any]:
+    """All solvers on one problem at all budgets, or `auto` alone beside what is kept."""
     problem = PROBLEMS[name]()
     if problem.dear:
         budgets = [n for n in budgets if n in DEAR]
@@ -90,16 +93,20 @@ def compare(name: str, budgets: Iterable[int]) -> dict[str, Any]:
         exact, facts = truth(problem)
         judge = _Judge(problem, exact)
         runs: dict[str, list[dict[str, Any]]] = {"ours": [], "auto": [], "peer": []}
+        if kept:
+            runs = {**kept["runs"], "auto": []}
         for n in budgets:
-            for peer in peers(problem.flow):
+            for peer in [] if kept else peers(problem.flow):
                 runs["peer"].append(judge(peer.name, n, _theirs(problem, peer.run, n)))
-            for choice in choices.candidates(problem.flow.path):
+            for choice in [] if kept else choices.candidates(problem.flow.path):
                 runs["ours"].append(judge(choice.name, n, _ours(problem, choice, n)))
             runs["auto"].append(judge("auto", n, _ours(problem, choices.auto(problem.flow.path, n), n)))
     rows = [_row(runs, n) for n in budgets]
-    for row in rows:
+    for i, row in enumerate(rows):
         for kind in ("ours", "auto", "peer"):
-            if row[kind]:
+            if kept and kind != "auto":
+                row[kind] = kept["rows"][i][kind]
+            elif row[kind]:
                 row[kind]["distance"] = judge.distance(row[kind]["budget"], row[kind]["solver"])
     return {
         "reference": {**facts, "distance": judge.apart(exact), "samples": len(exact)},
