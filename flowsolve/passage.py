@@ -125,6 +125,11 @@ class Passage:
         self.start, self.last, self.closing = start, last, closing
         self.charted = isinstance(solver, SlopeSolver) and (solver.chooses_steps or gradient == "adjoint")
         self.capture, self.auto = self._captures(capture, bool(t_eval is not None or callback or resume))
+        if (callback or resume) and (self.charted or solver.chooses_steps):
+            raise TypeError(
+                f"callback= and resume= go with a fixed grid, not with {solver!r} and gradient={gradient!r}; for an "
+                "adaptive solver, solve in pieces: interval=(0, t), then start= the state"
+            )
         self.callback, self.resume = callback, resume
         if resume is not None and (resume.plan != self.name or not 0 <= resume.step <= len(self.grid)):
             raise ValueError(
