@@ -1,7 +1,7 @@
 r"""`solver="auto"` against our own best in hindsight and that of diffusers and k-diffusion, on problems not chosen on.
 
     python benchmarks/auto.py                                 # the judging half, without networks: some minutes
-    python benchmarks/auto.py --only digits-ddpm patches-condot --checkpoints FOLDER
+    python benchmarks/auto.py --only digits-ddpm patches-condot
     python benchmarks/auto.py --search                        # the choosing half: what the rules were chosen by
 
 **The split** is in `sections/fields.py`, and was written down before the search.
@@ -41,10 +41,11 @@ import flowsolve as fs
 from flowsolve.bench.record import environment
 
 RESULTS = Path(__file__).parent / "results" / "auto.json"
+NETWORKS = Path(__file__).parent / "networks"
 THREADS = 1
 BUDGETS = (4, 5, 6, 8, 10, 12, 15, 20, 30, 50, 100)
 DEAR = (5, 8, 10, 15, 20)
-"""Budgets of `patches-condot`, where an evaluation takes long."""
+"""Budgets of the networks of photographs, where an evaluation takes long."""
 
 NEAR, WORST, AHEAD = 1.5, 3.0, 1.0
 KINDS = ("auto", "ours", "peer")
@@ -58,7 +59,7 @@ def main() -> None:
     parser.add_argument(
         "--data", nargs="+", choices=list(fields.JUDGED_ON), default=list(fields.JUDGED_ON), metavar="NAME"
     )
-    parser.add_argument("--checkpoints", type=Path, help="the folder that holds patches-condot; left out without")
+    parser.add_argument("--checkpoints", type=Path, default=NETWORKS, help="the folder of the networks of photographs")
     parser.add_argument("--renew", action="store_true", help="measure auto alone; the rest is kept from the record")
     parser.add_argument("--search", nargs="+", choices=list(fields.CHOSEN_PATHS), metavar="PATH", help="rank pairs")
     parser.add_argument("--budgets", nargs="+", type=int, help="other budgets")
@@ -71,7 +72,7 @@ def main() -> None:
         if given.search:
             search(given.search, given.budgets or BUDGETS)
             return
-        judge(given, [n for n in given.only or names if n != "patches-condot" or given.checkpoints])
+        judge(given, given.only or names)
 
 
 def judge(given: argparse.Namespace, names: Iterable[str]) -> None:
@@ -82,7 +83,7 @@ def judge(given: argparse.Namespace, names: Iterable[str]) -> None:
     for name in names:
         begun = time.perf_counter()
         if name in fields.NETWORKS:
-            dear = name == "patches-condot"
+            dear = name.startswith("patches")
             case = fields.network(name, given.checkpoints, 4 if dear else 16, 512 if dear else 1024)
             made = compare([case], given.budgets or (DEAR if dear else BUDGETS), given.renew)
         else:
