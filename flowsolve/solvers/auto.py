@@ -98,7 +98,7 @@ class Auto:
     Examples:
         >>> solver, grid = fs.solvers.Auto().choose(fs.paths.CondOT(), nfe=20)
         >>> solver.order, solver.form, type(grid).__name__
-        (3, 0.3, 'Arctan')
+        (4, 0.4, 'Arctan')
     """
 
     eta: float = 0.0
