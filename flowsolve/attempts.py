@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowsolve._batch import take
-from flowsolve.capture import Record, Recording, filled, recorded, split
+from flowsolve.capture import Record, Recording, filled, recorded, require_cuda, split
 from flowsolve.drivers import Ask, bar
 from flowsolve.flow import Flow
 from flowsolve.kernels import Law, Steered, control
@@ -183,6 +183,8 @@ def pursue(
     if first is None:
         return
     (y, context), slots = first, len(first[0])
+    if record is Recording:
+        require_cuda(y)
     state = _begun(solver, y, context, start, end, ask)
     tensors, constants = split(context.tree)
     inputs = [*_buffers(state), *(v.to(y.device) for v in tensors)]

@@ -117,6 +117,8 @@ def test_where_nothing_can_be_captured() -> None:
     with pytest.raises(ValueError, match="the state is on cpu; drop capture=True"):
         fs.sample(flow, (2, 3), solver=Dopri5(), capture=True)
     with pytest.raises(ValueError, match="the state is on cpu; drop capture=True"):
+        fs.sample(flow, (5, 3), solver=Dopri5(), capture=True, batch=2)
+    with pytest.raises(ValueError, match="the state is on cpu; drop capture=True"):
         fs.log_prob(flow, torch.zeros(2, 3), nfe=16, capture=True)
     with pytest.raises(TypeError, match="without gradients"):
         fs.sample(flow, (2, 3), solver=Euler(), nfe=4, capture=True, gradient="checkpoint")
