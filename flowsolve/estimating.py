@@ -77,7 +77,7 @@ class Estimator:
     def _tabled(self, query: Query, chart: Chart, cond: dict[str, Any]) -> Tensor:
         nodes, i, y, flow = query.nodes, query.row, query.x, self.flow
         assert nodes is not None
-        rows: _Rows = nodes.once((chart, self), lambda clock: self._rows(chart, clock, y, nodes.recorded))
+        rows: _Rows = nodes.once((id(chart), id(self)), lambda clock: self._rows(chart, clock, y, nodes.recorded))
         if self._counted:
             query.cost = flow.cost(rows.times[i])
         c, k_x, k_o = (v if isinstance(v, float) else v[i] for v in rows[2:])

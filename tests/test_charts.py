@@ -12,9 +12,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import flowsolve as fs
 from flowsolve import Flow
 from flowsolve.charts import CHARTS, Chart, resolve
-from flowsolve.paths import Discrete, Path
+from flowsolve.paths import CondOT, Discrete, Path
 from flowsolve.solvers import Euler
 from flowsolve.solvers.base import Query, State, run
 from tests.cases import PATHS
@@ -286,3 +287,39 @@ def test_charts_are_known_by_name_and_are_themselves() -> None:
         assert resolve(name) is chart
         assert resolve(chart) is chart
         assert repr(chart) == f"<chart {name}>"
+
+
+@pytest.mark.parametrize("kind", ["plain", "dataclass"])
+def test_a_chart_of_ones_own_may_change(kind: str) -> None:
+    """What a path remembers is of charts that cannot: y = x/k against s = k t, for a k that is set anew."""
+
+    class Scaled(Chart):
+        name = "scaled"
+
+        def __init__(self, k: float = 1.0) -> None:
+            self.k = k
+
+        def scale(self, point: Any) -> Any:
+            return self.k
+
+        def clock(self, path: Any, t: Any) -> Any:
+            return self.k * t
+
+        def time(self, path: Any, s: Any) -> Any:
+            return s / self.k
+
+        def row(self, point: Any, s: Any) -> tuple[Any, Any]:
+            return point.alpha_dot / self.k**2, point.sigma_dot / self.k**2
+
+    chart: Any = Scaled()
+    if kind == "dataclass":
+        Scaled.__eq__ = lambda self, other: self.k == other.k  # type: ignore[method-assign]
+        Scaled.__hash__ = None  # type: ignore[assignment]  # as a dataclass that is not frozen
+    flow, x = fs.Flow(lambda x, t: -x * t[:, None], CondOT()), torch.ones(2, 3, dtype=torch.float64)
+    expected = fs.sample(flow, start=x, solver="rk4", nfe=40, chart="native").x
+    for k in (1.0, 2.0, 0.5):
+        chart.k = k
+        found = fs.sample(flow, start=x, solver="rk4", nfe=40, chart=chart).x
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+        found = fs.sample(flow, start=x, solver=fs.solvers.Dopri5(1e-9, 1e-9), chart=chart).x
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)  # RK4's error with 10 steps

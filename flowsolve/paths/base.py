@@ -91,8 +91,9 @@ class Path:
     def remembered(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """make(), or what it gave for an equal key before: for what follows from the path and the key alone.
 
-        The coefficients of a grid are the same in every solve, and cost more than the arithmetic on a small state. Of a
-        path that may change (one that is no frozen dataclass) nothing is remembered.
+        The coefficients of a grid are the same in every solve, and cost more than the arithmetic on a small state.
+        Nothing is remembered of a path that may change (one that is no frozen dataclass), nor under a key that holds
+        what may (a chart of a caller's own).
         """
         if is_compiling():
             return make()
@@ -104,8 +105,13 @@ class Path:
             mine = id(self)
             known = _memory[mine] = {}
             finalize(self, _memory.pop, mine, None)
-        found = known.get(key)
+        try:
+            found = known.get(key)
+        except TypeError:  # a part of it has no hash, because it may change
+            return make()
         if found is None:
+            if not _constant(key):
+                return make()
             if len(known) >= REMEMBERED:
                 for old in [k for k in known if not isinstance(k, torch.device)]:  # a recorded solve may read those
                     del known[old]
@@ -166,6 +172,16 @@ class Path:
         """x_t = α(t) z + σ(t) ε for data and noise of shape (B, *S) and t a float or of shape (B,)."""
         point = self.at(t)
         return linear(point.alpha, data, point.sigma, noise)
+
+
+def _constant(key: Any) -> bool:
+    """Whether a key can be relied on to mean the same tomorrow: numbers, names, frozen values, and what is ours."""
+    if isinstance(key, tuple):
+        return all(map(_constant, key))
+    if isinstance(key, bool | int | float | str | torch.device | None):
+        return True
+    settings = getattr(type(key), "__dataclass_params__", None)
+    return (settings is not None and settings.frozen) or type(key).__module__.startswith("flowsolve.")
 
 
 def _wide(t: Any) -> Any:

@@ -312,7 +312,7 @@ def charted(query: Query, chart: Chart, path: Path) -> Query:
         placed = Nodes(t if nodes.recorded else array(t))
         return placed, points, c if isinstance(c, float) else send(c, y, y.dtype)
 
-    times, points, c = nodes.once((chart, path), translate)
+    times, points, c = nodes.once((id(chart), id(path)), translate)
     point = Point(*(v[row] for v in points))
     return Query(scaled(c if isinstance(c, float) else c[row], y), None, times, row, point)
 
