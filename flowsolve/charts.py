@@ -73,6 +73,11 @@ class Chart:
                 "which is finite at both ends, or an interval that stops short of it"
             )
 
+    @property
+    def settings(self) -> Any:
+        """What a chart is and holds, for the keys of recordings: equal only while it makes the same solve."""
+        return type(self), repr(sorted(vars(self).items()))
+
     def __repr__(self) -> str:
         return f"<chart {self.name}>"
 

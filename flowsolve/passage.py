@@ -195,8 +195,7 @@ class Passage:
         if not self.capture:
             return pursue(self.solver, arrivals, start, end, ask, budget=budget, **options)
         assert not isinstance(budget, Metered)
-        key = self.key(), self.ruler
-        return attempts.pursue(self.flow, key, self.solver, arrivals, start, end, ask, budget=budget, **options)
+        return attempts.pursue(self.flow, self.key(), self.solver, arrivals, start, end, ask, budget=budget, **options)
 
     def run(self, y: Tensor, context: Context, progress: bool) -> Solution:
         """The solve of a whole batch."""
@@ -360,7 +359,8 @@ class Passage:
         """Equal for plans that make the same steps on the same flow as it is."""
         flow = self.flow
         made = flow.net, flow.path, flow.prediction, flow.clock, flow.dtype
-        return self.solver, self.grid, self.chart, self.noise, self.start, self.last, self.closing, made
+        chart = None if self.chart is None else self.chart.settings
+        return self.solver, self.grid, chart, self.noise, self.start, self.last, self.closing, made
 
     def leave(self, solution: Solution, context: Context) -> Solution:
         """The solution in flow time, at the end of the interval."""

@@ -15,6 +15,7 @@ from torch import Tensor
 import flowsolve as fs
 from flowsolve import Flow
 from flowsolve.charts import CHARTS, Chart, resolve
+from flowsolve.passage import Passage
 from flowsolve.paths import CondOT, Discrete, Path
 from flowsolve.solvers import Euler
 from flowsolve.solvers.base import Query, State, run
@@ -317,9 +318,12 @@ def test_a_chart_of_ones_own_may_change(kind: str) -> None:
         Scaled.__hash__ = None  # type: ignore[assignment]  # as a dataclass that is not frozen
     flow, x = fs.Flow(lambda x, t: -x * t[:, None], CondOT()), torch.ones(2, 3, dtype=torch.float64)
     expected = fs.sample(flow, start=x, solver="rk4", nfe=40, chart="native").x
+    keys: list[Any] = []  # of recordings
     for k in (1.0, 2.0, 0.5):
         chart.k = k
         found = fs.sample(flow, start=x, solver="rk4", nfe=40, chart=chart).x
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+        assert Passage(flow, (0.0, 1.0), solver=fs.solvers.RK4(), nfe=40, chart=chart).key() not in keys
+        keys.append(Passage(flow, (0.0, 1.0), solver=fs.solvers.RK4(), nfe=40, chart=chart).key())
         found = fs.sample(flow, start=x, solver=fs.solvers.Dopri5(1e-9, 1e-9), chart=chart).x
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)  # RK4's error with 10 steps

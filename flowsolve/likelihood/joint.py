@@ -172,7 +172,7 @@ class Joint:
             return pursue(self.solver, arrivals, start, end, ask, budget=budget, **options)
         flow, solver = self.flow, self.solver
         assert not isinstance(budget, Metered)
-        key = self.trace, self.ruler, self.weight, self.shape, flow.net, flow.path, flow.prediction, flow.clock
+        key = self.trace, self.ruler.settings, self.weight, self.shape, flow.net, flow.path, flow.prediction, flow.clock
         return attempts.pursue(flow, key, solver, arrivals, start, end, ask, budget=budget, **options)
 
     def run(self, y: Tensor, context: Context, progress: bool) -> Solution:
