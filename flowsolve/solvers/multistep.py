@@ -16,7 +16,8 @@ converges with order 2 (3), however many nodes follow, though at few steps the l
 `warmup="single"` the first order − 1 steps are single steps (`flowsolve.solvers.singlestep`) of order up to 3 with as
 many evaluations, and the order of the method shows, up to 4. With `warmup="trapezoid"` the first step is taken twice,
 by $F_0$ and then by the mean of $F_0$ and of F where that led, for one evaluation more, not used again: the
-start of PLMS (`IPNDM(warmup="trapezoid")`; Liu et al. 2022); its one error is of size h³. **The last steps**: on
+start of PLMS (`IPNDM(warmup="trapezoid")`; Liu et al. 2022); its one error is of size h³. With `warmup="corrected"`
+the corrector is used while the orders rise and not beyond, which gives that too, at no cost. **The last steps**: on
 networks whose field is stiffest at the data it can pay to let the order fall again (`cooldown=True`).
 
 `IPNDM` takes the weights of Adams and Bashforth's formulas for equal steps, whatever the steps are: of its order only
@@ -73,8 +74,9 @@ class Multistep(EstimateSolver):
             start of each step.
         variable: in what F is a polynomial: "log_snr", "clock" (of the form) or "time" (flow time).
         rule: the weight of the second of two nodes: "exact", "bh2" or "bh1".
-        warmup: "ramp" (orders 1, 2, …), "single" (`order` evaluations for each of the first order − 1 steps) or
-            "trapezoid" (orders 2, 2, 3, …: two evaluations for the first step).
+        warmup: "ramp" (orders 1, 2, …), "corrected" (the same, each of these steps with a corrector), "single" (`order`
+            evaluations for each of the first order − 1 steps) or "trapezoid" (orders 2, 2, 3, …: two evaluations for
+            the first step).
         cooldown: orders …, 2, 1 in the last steps.
     """
 
@@ -98,7 +100,7 @@ class Multistep(EstimateSolver):
             check_eta(self.eta)
         check_choice("variable", self.variable, VARIABLES)
         check_choice("rule", self.rule, RULES)
-        check_choice("warmup", self.warmup, ("ramp", "single", "trapezoid"))
+        check_choice("warmup", self.warmup, ("ramp", "single", "trapezoid", "corrected"))
         if self.warmup != "ramp" and self.random:
             raise ValueError(f"warmup = {self.warmup!r} is for the ODE; expected eta = 0 beside it")
 
@@ -151,7 +153,7 @@ class Multistep(EstimateSolver):
             x, past, now = estimate.x, state.past, Past(t, form.value(estimate))
             if state.origin is not None:  # the step that led here once more, knowing F at its end
                 before = past[0].t
-                known_before = past[: min(self.corrector, left.get(before, MOST))]
+                known_before = past[: min(self.corrector or self.order, left.get(before, MOST))]
                 x = taken(state, state.origin, before, t, (now, *known_before))
             if evaluations > 1 and self.warmup == "trapezoid":
                 made = coefficients(t, t_next, (t,))
@@ -162,8 +164,9 @@ class Multistep(EstimateSolver):
             else:
                 ahead = taken(state, x, t, t_next, (now, *past)[: min(self.order, left.get(t, MOST))])
             keep = max(self.order - 1, self.corrector) if form.scale(path.at(t)) else 0
+            young = self.warmup == "corrected" and len(past) < self.order - 1
             past = (now, *past)[:keep]
-            again = self.corrector and evaluations == 1  # a single step is of higher order as it is
+            again = (self.corrector or young) and evaluations == 1  # a single step is of higher order as it is
             return replace(state, x=ahead, past=past, origin=x if again else None)
 
         return step

@@ -174,6 +174,8 @@ MULTI: list[tuple[str, Any, int]] = [
     ("LMS", LMS(4, **SINGLE), 4),
     ("2M twice", Multistep(2, warmup="trapezoid"), 2),
     ("DEIS-3 twice", DEIS(3, warmup="trapezoid"), 3),
+    ("3M corrected", Multistep(3, warmup="corrected"), 3),
+    ("DEIS-3 corrected", DEIS(3, warmup="corrected"), 3),
     ("iPNDM-v", IPNDM(3, equal=False, **SINGLE), 3),
 ]
 ONE: list[tuple[str, Any, int]] = [
