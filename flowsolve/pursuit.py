@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -27,9 +27,9 @@ from flowsolve.kernels import control
 from flowsolve.solution import Solution
 from flowsolve.solvers.adaptive import Adaptive, AdaptiveState, Attempt, Status
 from flowsolve.solvers.base import Query
-from flowsolve.solvers.runge_kutta import look
+from flowsolve.solvers.runge_kutta import Stride, look
 
-__all__ = ["Arrivals", "Finished", "Metered", "answered", "collect", "pursue", "resident"]
+__all__ = ["Arrivals", "Finished", "Follower", "Metered", "answered", "collect", "pursue", "resident"]
 
 Count = NDArray[np.int64]
 Look = tuple[Count, Count, Tensor]
@@ -71,6 +71,18 @@ class Metered:
 
 Arrivals = Callable[[int], tuple[Tensor, Context] | None]
 """Up to n waiting samples, their states and context; None when there are no more."""
+
+
+class Follower(Protocol):
+    """What goes along with an adaptive solve (`flowsolve.dense`, `flowsolve.events`)."""
+
+    def attempted(self, ids: Count, attempt: Attempt, context: Context, ask: Ask) -> Attempt:
+        """An attempt of the samples of these numbers, as it is to count."""
+        ...
+
+    def strode(self, stride: Stride, context: Context) -> Generator[Query, Tensor, None]:
+        """A step of all samples on a fixed grid, whose times and size are arrays."""
+        ...
 
 
 def resident(y: Tensor, context: Context) -> Arrivals:
@@ -122,6 +134,7 @@ class _Pursuit:
     stops: NDArray[np.float64]
     budget: int | Metered | None
     watcher: Callable[[Attempt, Context], None] | None
+    followers: Sequence[Follower] = ()
 
     @property
     def lookup(self) -> int:
@@ -166,6 +179,8 @@ class _Pursuit:
         """The batch after an attempt."""
         if self.watcher is not None:
             self.watcher(attempt, batch.context)
+        for follower in self.followers:
+            attempt = follower.attempted(batch.ids, attempt, batch.context, self.ask)
         state, passed, ended = attempt.state, batch.passed, attempt.ended > 0
         looks: list[Look] = []
         if len(self.stops):
@@ -237,6 +252,7 @@ def pursue(
     budget: int | Metered | None = None,
     segments: bool = False,
     watcher: Callable[[Attempt, Context], None] | None = None,
+    followers: Sequence[Follower] = (),
     progress: bool = False,
     total: int | None = None,
 ) -> Iterator[Finished]:
@@ -249,12 +265,13 @@ def pursue(
         budget: the most evaluations a sample may cost.
         segments: throw away and remake the graph of O(√n) attempts at a time; for a resident batch.
         watcher: is shown every attempt.
+        followers: go along, and may end samples.
         total: the number of samples to come, for the progress bar.
 
     Raises:
         ValueError: a budget that does not suffice for one step.
     """
-    pursuit = _Pursuit(solver, start, end, ask, np.asarray(stops, dtype=np.float64), budget, watcher)
+    pursuit = _Pursuit(solver, start, end, ask, np.asarray(stops, dtype=np.float64), budget, watcher, followers)
     limit = budget.limit if isinstance(budget, Metered) else budget
     if limit is not None and limit < pursuit.least:
         raise ValueError(

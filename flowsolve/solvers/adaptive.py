@@ -59,6 +59,7 @@ class Status(IntEnum):
     BUDGET = 3
     MAX_STEPS = 4
     MAX_REJECTIONS = 5
+    EVENT = 6
 
 
 @dataclass(frozen=True)
