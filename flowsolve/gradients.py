@@ -116,7 +116,8 @@ class Backsolve:
             def watcher(attempt: Attempt, context: Context) -> None:
                 self._add(attempt.stride, np.flatnonzero(attempt.accepted), context, sums)
 
-            solver = replace(self.solver, norm=norm, first_step=None)
+            own = getattr(self.solver, "joint_norm", None)
+            solver = replace(self.solver, norm=own or norm, first_step=None)
             parts = list(
                 pursue(solver, resident(joint, self.context), s, target, self._joint, width=len(joint), watcher=watcher)
             )

@@ -250,6 +250,7 @@ def trajectory(
     mode: str = "direct",
     functions: Sequence[Any] = (),
     followers: Sequence[Follower] = (),
+    back: tuple[RungeKutta, Any] | None = None,
     progress: bool = False,
 ) -> tuple[Tensor, Solution]:
     """The states of an ODE at some stops, and the solution at the last.
@@ -266,12 +267,13 @@ def trajectory(
         mode: how gradients are recorded, if autograd does; see `flowsolve.gradients`.
         functions: where to look for parameters ("adjoint"): callables, modules and tensors.
         followers: what goes along ("direct", or without gradients).
+        back: another solver and intervals for the adjoint's way back.
 
     Returns:
         States of shape (T, B, *S), with T = 1 unless dense; and the solution, whose times are the clock of the solve.
     """
     if mode == "adjoint":
-        return _adjoint(y, start, stops, ask, context, solver, intervals, budget, dense, functions, progress)
+        return _adjoint(y, start, stops, ask, context, solver, intervals, budget, dense, functions, progress, back)
     if mode == "checkpoint" and recorded():
         raise NotImplementedError(
             "gradient='checkpoint' is within a reverse-mode transform of torch.func, which takes no checkpoints; use "
@@ -372,6 +374,7 @@ def _adjoint(
     dense: bool,
     functions: Sequence[Any],
     progress: bool,
+    back: tuple[RungeKutta, Any] | None,
 ) -> tuple[Tensor, Solution]:
     """`trajectory` without a graph, and the adjoint solve in its place."""
     with torch.no_grad():
@@ -390,7 +393,8 @@ def _adjoint(
         slopes = [ask(Query(x, torch.full((1,), s, dtype=torch.float64, device="cpu")), one.tree) for x, s in ends]
     assert isinstance(solver, RungeKutta)
     parameters = parameters_of(functions, slopes)
-    problem = Backsolve(solver, ask, context, start, list(stops) if dense else [stops[-1]], intervals, parameters)
+    way = back or (solver, intervals)
+    problem = Backsolve(way[0], ask, context, start, list(stops) if dense else [stops[-1]], way[1], parameters)
     states = problem.attach(y, states)
     return states, replace(solution, x=states[-1])
 

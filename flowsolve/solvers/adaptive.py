@@ -27,7 +27,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from functools import cached_property
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -220,6 +220,10 @@ class Adaptive(RungeKutta):
         """Whether steps are adaptive."""
         return self.adaptive
 
+    def tolerances(self) -> tuple[Any, Any]:
+        """(atol, rtol): numbers, or tensors that broadcast against the state."""
+        return self.atol, self.rtol
+
     def begin(self, y: Tensor, s: float, s_end: float) -> Generator[Query, Tensor, AdaptiveState]:
         """Ask for the first slope, choose the first step of each sample, and return the state at s (s ≠ s_end)."""
         count = y.shape[0]
@@ -232,9 +236,10 @@ class Adaptive(RungeKutta):
             finite = np.isfinite(host(self.norm(slope.detach())))
         else:
             with torch.no_grad():
-                scale = twin.scale(y.abs(), self.atol, self.rtol)
-                if self.atol == 0.0:  # a number that is 0 has no scale yet, and no say in the first step
-                    scale = torch.where(y == 0.0, torch.inf, scale)
+                atol, rtol = self.tolerances()
+                scale = twin.scale(y.abs(), atol, rtol)
+                if isinstance(atol, Tensor) or atol == 0.0:  # what is 0 has no scale yet, and no say in the first step
+                    scale = torch.where((y == 0.0) & (atol == 0.0), torch.inf, scale)
                 d0, d1 = control.rounded(host(torch.stack((self.norm(y / scale), self.norm(slope / scale)))))
             finite = np.isfinite(d1)
             with np.errstate(all="ignore"):  # samples that are not finite are ended below
@@ -318,9 +323,9 @@ class Adaptive(RungeKutta):
 
     def _error(self, ahead: Tensor, h: Vector, slopes: Slopes) -> Vector:
         """The error of an attempt in units of the tolerance: the one read of a step."""
+        atol, rtol = self.tolerances()
         norms = [
-            slopes.error_norm(h, stages, weights, ahead, self.atol, self.rtol, self.norm)
-            for stages, weights in self.pair.errors
+            slopes.error_norm(h, stages, weights, ahead, atol, rtol, self.norm) for stages, weights in self.pair.errors
         ]
         if len(norms) == 1:
             return control.rounded(host(norms[0]))
