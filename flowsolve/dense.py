@@ -134,21 +134,21 @@ class Dense:
         single: bool = False,
         clock: tuple[Vector, Vector] | None = None,
     ) -> None:
-        self._pieces, self._y0, self._unpack, self._single = list(pieces), y0, unpack, single
+        self.pieces, self._y0, self._unpack, self._single = list(pieces), y0, unpack, single
         count = len(y0)
         zero, one = np.zeros(count), np.ones(count)
         self._origin, self._span = clock or (zero, one)  # t = origin + span · (time of the solve)
         self.t0, self.t1 = (torch.from_numpy(self._origin + self._span * v) for v in (t0, t1))
         self._start, self._end, self._limit = t0, t1, limit
-        self.sign = -1.0 if any((p.h < 0).any() for p in self._pieces) else 1.0
-        whose = [p.ids for p in self._pieces]
+        self.sign = -1.0 if any((p.h < 0).any() for p in self.pieces) else 1.0
+        whose = [p.ids for p in self.pieces]
         ids = np.concatenate(whose) if whose else np.zeros(0, dtype=np.int64)
         piece = np.repeat(np.arange(len(whose)), [len(w) for w in whose])
         row = np.concatenate([np.arange(len(w)) for w in whose]) if whose else ids
         order = np.argsort(ids, kind="stable")
         self._piece, self._row = piece[order], row[order]
         self._first = np.searchsorted(ids[order], np.arange(count + 1))
-        until = np.concatenate([p.until for p in self._pieces]) if whose else np.zeros(0)
+        until = np.concatenate([p.until for p in self.pieces]) if whose else np.zeros(0)
         self._until = until[order]
 
     def __call__(self, t: Any) -> Any:
@@ -191,6 +191,18 @@ class Dense:
             return t, whole
         return t, torch.utils._pytree.tree_map(lambda v: v.squeeze(1), whole)
 
+    def on_clock(self, origin: Vector, span: Vector) -> Dense:
+        """The same in times origin + span · (time of the solve)."""
+        return Dense(
+            self.pieces, self._y0, self._start, self._end, self._limit, self._unpack, single=self._single,
+            clock=(origin, span),
+        )  # fmt: skip
+
+    def extended(self, pieces: Sequence[Piece], t1: Vector, limit: float) -> Dense:
+        """The same start with all these pieces."""
+        far = np.full(len(t1), limit)
+        return Dense(pieces, self._y0, self._start, t1, far, self._unpack, single=self._single)
+
     def _at(self, who: Count, clock: Tensor, asked: Any) -> Tensor:
         """The states of samples at times of the solve, one each."""
         now = clock.detach().numpy()
@@ -218,7 +230,7 @@ class Dense:
             out = torch.where(mask, torch.nan, out)
         parts, rows = [], []
         for j in np.unique(index[index >= 0]):
-            mine, piece = np.flatnonzero(index == j), self._pieces[j]
+            mine, piece = np.flatnonzero(index == j), self.pieces[j]
             row = self._row[place[mine]]
             here = torch.from_numpy(mine)
             theta = (clock[here] - torch.from_numpy(piece.s[row])) / torch.from_numpy(piece.h[row])

@@ -17,11 +17,11 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map
 
 from flowsolve import grids
 from flowsolve._arguments import check_gradient, check_solver
-from flowsolve._batch import Context, Whose, hosted, send
+from flowsolve._batch import Context, Whose, send
+from flowsolve._clocks import columns, cornered, of_their_own, owned, rows_of_times
 from flowsolve._guard import Guard
 from flowsolve._layout import Layout
 from flowsolve._parameters import modules_of
@@ -54,7 +54,12 @@ def solve(
     nfe: int | None = None,
     t_eval: Sequence[float] | Tensor | None = None,
     event: Any = None,
+    step_t: Sequence[float] | Tensor | None = None,
+    jump_t: Sequence[float] | Tensor | None = None,
     dense: bool = False,
+    rtol: float | Tensor | None = None,
+    atol: float | Tensor | None = None,
+    first_step: float | Tensor | None = None,
     batched: bool = True,
     progress: bool = False,
     throw: bool = True,
@@ -78,11 +83,16 @@ def solve(
         nfe: evaluations to spend on equal steps, or the most a sample may spend with an adaptive solver.
         t_eval: times at which to return the state, strictly monotone from t0 towards t1; the last of them ends the
             solve. Between steps the state is interpolated, which costs nothing, except with Dopri8 (3 evaluations in a
-            step looked into) and with embedded methods on a fixed grid (1).
+            step looked into) and with embedded methods on a fixed grid (1). A tensor of shape (B, T) has a row a sample
+            (see `dense` for what that keeps and costs), and each sample ends with its own last.
         event: a function g(t, y, *args) with a number a sample, at whose first zero a sample ends; or a
             `flowsolve.Event`, which says more; or a list of them. What was met is in the solution's `events`, and
             `Status.EVENT` says that a sample ended so. Times and states are differentiable (gradient="direct").
-        dense: keep the steps: the solution's `dense` is a function of time (`flowsolve.dense.Dense`).
+        step_t: times at which the steps of an adaptive solve are to end.
+        jump_t: the same for times at which f jumps: f is asked at the numbers beside them, on the side of the step.
+        dense: keep the steps: the solution's `dense` is a function of time (`flowsolve.dense.Dense`); with
+            Dopri8 for 3 evaluations a step.
+        rtol, atol, first_step: in place of those of an adaptive solver; tensors of shape (B,) have one a sample.
         batched: the first axis of y0 numbers independent samples; False makes y0 one system with one step size and
             0-dimensional t.
         progress: show a progress bar (needs tqdm).
@@ -114,9 +124,18 @@ def solve(
     if not isinstance(solver, SlopeSolver):
         raise TypeError(f"{solver!r} works on flows only; a plain ODE needs a Runge–Kutta solver such as Dopri5()")
     check_gradient(gradient, solver)
-    if any(isinstance(t, Tensor) and t.ndim == 1 and not mapped(t) for t in (t0, t1)):
-        settings: dict[str, Any] = {"nfe": nfe, "progress": progress, "gradient": gradient, "params": params}
-        return _of_their_own(f, y0, t0, t1, args, t_eval, batched, throw, solver=solver, **settings)
+    made, own = owned(solver, rtol, atol, first_step)
+    solver = cast(SlopeSolver, made)
+    settings: dict[str, Any] = {
+        "solver": solver, "args": args, "event": event, "dense": dense, "batched": batched, "throw": throw, **own,
+        "nfe": nfe, "progress": progress, "gradient": gradient, "params": params,
+    }  # fmt: skip
+    if any(isinstance(t, Tensor) and t.ndim and not mapped(t) for t in (t0, t1)) or rows_of_times(t_eval):
+        if step_t is not None or jump_t is not None:
+            raise ValueError("step_t= and jump_t= are of one interval; give t0, t1 and t_eval as numbers")
+        return of_their_own(solve, f, y0, t0, t1, t_eval, **settings)
+    if step_t is not None or jump_t is not None:
+        return cornered(solve, f, y0, t0, t1, t_eval, step_t, jump_t, **settings)
     nfe = whole(nfe)
     start = _number(t0, "t0")
     stops = _stops(start, _number(t1, "t1"), t_eval)
@@ -125,7 +144,7 @@ def solve(
     field = Guard(partial(_spread, _fed(f, y0)) if args else _fed(f, y0), "f")
     field.armed = True
     tree = {"args": tuple(Whose(v, False) if layout.single and not isinstance(v, Whose) else v for v in args)}
-    context = Context(tree if args else None, len(y))
+    context = Context(tree if args else None, len(y), columns(own, len(y)) if own else None)
     check_resolution(start, stops[-1], y.dtype)
 
     clock: dict[Any, Tensor] = {}
@@ -448,42 +467,6 @@ def _dense(keeper: Recorder, y: Tensor, start: float, end: float, solution: Solu
 def _spread(f: Callable[..., Any], t: Tensor, y: Any, args: tuple[Any, ...]) -> Any:
     """f(t, y, *args)."""
     return f(t, y, *args)
-
-
-def _of_their_own(
-    f: Callable[..., Any],
-    y0: Any,
-    t0: float | Tensor,
-    t1: float | Tensor,
-    args: Sequence[Any],
-    t_eval: Any,
-    batched: bool,
-    throw: bool,
-    **settings: Any,
-) -> Solution:
-    """`solve` where each sample has an interval of its own: in u from 0 to 1, with t = t0 + (t1 − t0) u."""
-    if t_eval is not None or not batched:
-        raise ValueError("times of shape (B,) go with neither t_eval= nor batched=False; give the samples one interval")
-    leaves = tree_flatten(y0)[0]
-    count, device = len(leaves[0]), leaves[0].device
-    times = [hosted(t, dtype=torch.float64).to(device) for t in (t0, t1)]
-    if wrong := [tuple(t.shape) for t in times if t.ndim and len(t) != count]:
-        raise ValueError(f"t0 or t1 has shape {wrong[0]}; expected a number, or one a sample, ({count},)")
-    begin, end = (t.expand(count) for t in times)
-
-    def g(u: Tensor, y: Any, begin: Tensor, span: Tensor, *more: Any) -> Any:
-        wide = [v.ndim for v in tree_flatten(y)[0]]
-        depth = wide[0] if isinstance(y, Tensor) else 2
-        shape = (-1, *[1] * (depth - 1))
-        t = (begin.reshape(shape) + span.reshape(shape) * u).to(u.dtype)
-        return tree_map(lambda v: (span.reshape(-1, *[1] * (v.ndim - 1)) * v).to(v.dtype), f(t, y, *more))
-
-    own = (Whose(begin, True), Whose(end - begin, True), *args)
-    solution = solve(g, y0, 0.0, 1.0, args=own, throw=False, **settings)
-    first, last = (t.detach().cpu() for t in (begin, end))
-    reached = torch.where(solution.t == 1.0, last, first + (last - first) * solution.t)
-    solution = replace(solution, t=reached)
-    return solution.raise_on_failure() if throw else solution
 
 
 def _listed(params: Iterable[Tensor] | None) -> list[Tensor]:

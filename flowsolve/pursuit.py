@@ -167,12 +167,16 @@ class _Pursuit:
             passed = passed + 1
         return _Round(_Batch(state, context, ids, passed), looks, bool((state.status != RUNNING).any()))
 
-    def beginning(self, y: Tensor) -> Generator[Query, Tensor, AdaptiveState]:
+    def beginning(self, y: Tensor, context: Context) -> Generator[Query, Tensor, AdaptiveState]:
         """The choice of newcomers' first steps."""
+        if context.columns is not None:
+            return self.solver.begin(y, self.start, self.end, context.columns)
         return self.solver.begin(y, self.start, self.end)
 
     def attempt(self, batch: _Batch, errors: NDArray[np.float64] | None = None) -> Generator[Query, Tensor, Attempt]:
         """The next attempt of a batch."""
+        if batch.context.columns is not None:
+            return self.solver.attempt(batch.state, self.end, errors, batch.context.columns)
         return self.solver.attempt(batch.state, self.end, errors)
 
     def settle(self, batch: _Batch, attempt: Attempt) -> _Round:
@@ -289,7 +293,7 @@ def pursue(
             if batch is None:
                 if fresh is None:
                     return
-                begun = _begun(*answered(pursuit.beginning(fresh[0]), fresh[1], ask))
+                begun = _begun(*answered(pursuit.beginning(*fresh), fresh[1], ask))
             elif fresh is None:
                 if segments:
                     rounds.append(pursuit.segment(batch, length))
@@ -298,7 +302,7 @@ def pursue(
                     attempt = _charged(*answered(pursuit.attempt(batch), batch.context, ask))
                     rounds.append(pursuit.settle(batch, attempt))
             else:
-                pairs = [(pursuit.attempt(batch), batch.context), (pursuit.beginning(fresh[0]), fresh[1])]
+                pairs = [(pursuit.attempt(batch), batch.context), (pursuit.beginning(*fresh), fresh[1])]
                 attempted, entering = _convoy(pairs, ask)
                 rounds.append(pursuit.settle(batch, _charged(*attempted)))
                 begun = _begun(*entering)

@@ -301,11 +301,11 @@ class _Varied:
     joint_norm: Any = None  # of (y, a) on the adjoint's way back
     perturbed: Any = None  # the dtype in whose next number the field is asked at the ends of steps
 
-    def tolerances(self) -> tuple[Any, Any]:
+    def tolerances(self, y: Tensor, own: Any = None) -> tuple[Any, Any]:
         """(atol, rtol)."""
-        return self.scales or super().tolerances()  # type: ignore[misc, no-any-return]
+        return self.scales or super().tolerances(y, own)  # type: ignore[misc, no-any-return]
 
-    def _error(self, ahead: Tensor, h: Any, slopes: Any) -> Any:
+    def _error(self, ahead: Tensor, h: Any, slopes: Any, own: Any = None) -> Any:
         """A step that is no longer than min_step is accepted, unless it is not finite."""
         error = super()._error(ahead, h, slopes)  # type: ignore[misc]
         if least := self.min_step:  # type: ignore[attr-defined]
