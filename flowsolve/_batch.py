@@ -158,6 +158,8 @@ class Context:
             ValueError: what they share among themselves is not the same in both.
         """
         both = self._combined(other, lambda a, b: torch.cat((a, b)))
+        if (self.columns is None) != (other.columns is None):
+            raise ValueError("of two batches that follow each other one has tolerances of its own; give them to both")
         if self.columns is not None and other.columns is not None:
             both.columns = np.concatenate((self.columns, other.columns), 1)
         return both

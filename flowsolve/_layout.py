@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from flowsolve._arguments import state
-from flowsolve._batch import state_dtype
+from flowsolve._batch import send, state_dtype
 from flowsolve._guard import Guard
 
 __all__ = ["Layout"]
@@ -97,6 +98,20 @@ class Layout:
         _real(slope, given)
         found: Tensor = slope.unsqueeze(0) if self.single else slope
         return found if found.dtype is given.dtype else found.to(given.dtype)
+
+    def number(self, g: Callable[..., Any], y: Tensor, times: Tensor, tree: Any) -> Tensor:
+        """g(t, y, *args) of states and times side by side: one number a sample (`flowsolve.events`)."""
+        more, t = (tree["args"] if tree else ()), send(times, y, y.dtype)
+        if self.single:  # one system: a look may be at several of its times
+            found = [g(time, self.unpack(row[None], like=True), *more) for time, row in zip(t, y, strict=True)]
+        else:
+            found = [g(self.time(t), self.unpack(y, like=True), *more)]
+        for v in found:
+            if not isinstance(v, Tensor) or v.numel() != (1 if self.single else len(y)):
+                got = f"a tensor of shape {tuple(v.shape)}" if isinstance(v, Tensor) else f"a {type(v).__name__}"
+                expected = "one number" if self.single else f"one number a sample, ({len(y)},)"
+                raise ValueError(f"the event returned {got}; expected {expected}")
+        return torch.stack([v.reshape(()) for v in found]) if self.single else found[0].reshape(-1)
 
     def _row(self, leaf: Tensor) -> Tensor:
         return leaf.reshape(1, -1) if self.single else leaf.reshape(len(leaf), -1)

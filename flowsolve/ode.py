@@ -38,7 +38,7 @@ from flowsolve.solvers.base import Foreign, Query, SlopeSolver, Solver
 from flowsolve.solvers.names import solver as named
 from flowsolve.solvers.runge_kutta import RungeKutta
 
-__all__ = ["check_resolution", "solve", "trajectory"]
+__all__ = ["answering", "check_resolution", "laid_out", "solve", "trajectory"]
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -148,61 +148,24 @@ def solve(
     check_resolution(start, stops[-1], y.dtype)
 
     clock: dict[Any, Tensor] = {}
-    device, dtype, plain, known = y.device, y.dtype, not (layout.tree or layout.single), clock.get
-
-    def rows(times: Tensor) -> tuple[Tensor, ...]:
-        return layout.time(send(times, y, dtype)).unbind(0)
-
-    def ask(query: Query, context: Any) -> Tensor:
-        x, nodes = query.x, query.nodes
-        if nodes is not None:
-            time = nodes.once(rows, rows)[query.row]
-        elif (found := known(query.time)) is not None:
-            time = found
-        else:
-            t = query.time
-            time = (
-                layout.time(send(t, x, dtype))
-                if isinstance(t, Tensor)
-                else torch.full((), t, dtype=dtype, device=device)
-            )
-        if plain:
-            return layout.checked(called(time, x, context), x)
-        return layout.slope(field, time, x, context)
-
-    def called(time: Tensor, x: Tensor, given: Any) -> Any:
-        try:
-            return field(time, x, given)
-        except RuntimeError as error:
-            if len(x) == len(y) or type(error).__module__ != "builtins":
-                raise
-            raise RuntimeError(
-                f"f failed with the {len(x)} of {len(y)} samples that are still under way ({error}); tensors with a "
-                "row a sample that it holds or closes over are of all of them: hand them over by args=, as in "
-                "solve(lambda t, y, rate: -rate * y, …, args=(rate,))"
-            ) from error
-
+    dtype, plain, known = y.dtype, not (layout.tree or layout.single), clock.get
+    ask = answering(field, layout, y, len(y), clock)
     answer: Ask = ask
-    intervals = None
-    if not solver.chooses_steps:
-        if nfe is None:
-            raise ValueError(f"{type(solver).__name__} steps on a fixed grid: give nfe=…")
-        counts = solver.schedule(nfe)
-        times = share(grids.fractions(start, stops[-1], nfe), counts)
-        intervals = list(zip(times, times[1:], counts, strict=False))
-        if isinstance(solver, RungeKutta):  # all times of the grid go to the device at once
-            asked = list(dict.fromkeys(solver.times(intervals)))
-            clock.update(zip(asked, torch.tensor(asked, dtype=y.dtype, device=y.device).unbind(0), strict=True))
-            shape = y.shape
+    intervals = laid_out(solver, start, stops[-1], nfe)
+    if intervals is not None and isinstance(solver, RungeKutta):  # all times of the grid go to the device at once
+        asked = list(dict.fromkeys(solver.times(intervals)))
+        clock.update(zip(asked, torch.tensor(asked, dtype=y.dtype, device=y.device).unbind(0), strict=True))
+        shape = y.shape
 
-            def answer(query: Query, context: Any) -> Tensor:
-                """What `ask` answers, at less cost where all is as usual."""
-                if plain and query.nodes is None and (time := known(query.time)) is not None:
-                    slope: Tensor = field(time, query.x, context)
-                    if slope.__class__ is Tensor and slope.dtype is dtype and slope.shape == shape:
-                        return slope
-                    return layout.checked(slope, query.x)
-                return ask(query, context)
+        def answer(query: Query, context: Any) -> Tensor:
+            """What `ask` answers, at less cost where all is as usual."""
+            if plain and query.nodes is None and (time := known(query.time)) is not None:
+                slope: Tensor = field(time, query.x, context)
+                if slope.__class__ is Tensor and slope.dtype is dtype and slope.shape == shape:
+                    return slope
+                return layout.checked(slope, query.x)
+            found: Tensor = ask(query, context)
+            return found
 
     extra = 0
     if moving(t0):
@@ -215,7 +178,7 @@ def solve(
         events = [
             e if isinstance(e, Event) else Event(e) for e in (event if isinstance(event, list | tuple) else [event])
         ]
-        values = [partial(_valued, layout, e.g, dtype) for e in events]
+        values = [partial(layout.number, e.g) for e in events]
         watch = Watch(events, values, len(y), ask)
     followers: list[Follower] = [v for v in (watch, keeper) if v is not None]
     opening = y
@@ -253,6 +216,63 @@ def solve(
             solution, x=layout.unpack(states, lead=1), t_eval=torch.tensor(stops, dtype=torch.float64, device="cpu")
         )
     return solution.raise_on_failure() if throw else solution
+
+
+def answering(field: Guard, layout: Layout, y: Tensor, count: int | None, clock: dict[Any, Tensor]) -> Ask:
+    """What answers queries of a solve.
+
+    Args:
+        field: f(t, y, args).
+        y: the state at the start, for its device and dtype.
+        count: the number of samples, where they are there as a whole.
+        clock: tensors of times that are known beforehand.
+    """
+    device, dtype, plain, known = y.device, y.dtype, not (layout.tree or layout.single), clock.get
+
+    def rows(times: Tensor) -> tuple[Tensor, ...]:
+        return layout.time(send(times, y, dtype)).unbind(0)
+
+    def ask(query: Query, context: Any) -> Tensor:
+        x, nodes = query.x, query.nodes
+        if nodes is not None:
+            time = nodes.once(rows, rows)[query.row]
+        elif (found := known(query.time)) is not None:
+            time = found
+        else:
+            t = query.time
+            time = (
+                layout.time(send(t, x, dtype))
+                if isinstance(t, Tensor)
+                else torch.full((), t, dtype=dtype, device=device)
+            )
+        if plain:
+            return layout.checked(called(time, x, context), x)
+        return layout.slope(field, time, x, context)
+
+    def called(time: Tensor, x: Tensor, given: Any) -> Any:
+        try:
+            return field(time, x, given)
+        except RuntimeError as error:
+            if count is None or len(x) == count or type(error).__module__ != "builtins":
+                raise
+            raise RuntimeError(
+                f"f failed with the {len(x)} of {count} samples that are still under way ({error}); tensors with a "
+                "row a sample that it holds or closes over are of all of them: hand them over by args=, as in "
+                "solve(lambda t, y, rate: -rate * y, …, args=(rate,))"
+            ) from error
+
+    return ask
+
+
+def laid_out(solver: SlopeSolver, start: float, end: float, nfe: int | None) -> list[tuple[float, float, int]] | None:
+    """The intervals (s, s_next, evaluations) of a fixed grid; None for a solver that chooses its steps."""
+    if solver.chooses_steps:
+        return None
+    if nfe is None:
+        raise ValueError(f"{type(solver).__name__} steps on a fixed grid: give nfe=…")
+    counts = solver.schedule(nfe)
+    times = share(grids.fractions(start, end, nfe), counts)
+    return list(zip(times, times[1:], counts, strict=False))
 
 
 def trajectory(
@@ -424,25 +444,6 @@ def _fed(f: Callable[[Tensor, Any], Any], y0: Any) -> Callable[[Tensor, Any], An
         return f
     found = next((p.dtype for m in modules_of(f) for p in m.parameters() if p.dtype.is_floating_point), None)
     return f if found not in HALF else lambda t, y, *more: f(t.to(found), y.to(found), *more)
-
-
-def _valued(layout: Layout, g: Callable[..., Any], dtype: torch.dtype, y: Tensor, times: Tensor, tree: Any) -> Tensor:
-    """g of an event: one number a sample."""
-    t = layout.time(send(times, y, dtype))
-    more = tree["args"] if tree else ()
-    if layout.single:  # one system: a look may be at several of its times
-        found = [
-            g(t_i, layout.unpack(y_i[None], like=True), *more)
-            for t_i, y_i in zip(send(times, y, dtype), y, strict=True)
-        ]
-    else:
-        found = [g(t, layout.unpack(y, like=True), *more)]
-    for v in found:
-        if not isinstance(v, Tensor) or v.numel() != (1 if layout.single else len(y)):
-            got = f"a tensor of shape {tuple(v.shape)}" if isinstance(v, Tensor) else f"a {type(v).__name__}"
-            expected = "one number" if layout.single else f"one number a sample, ({len(y)},)"
-            raise ValueError(f"the event returned {got}; expected {expected}")
-    return torch.stack([v.reshape(()) for v in found]) if layout.single else found[0].reshape(-1)
 
 
 def _check_followed(event: Any, solver: SlopeSolver, gradient: str) -> None:
