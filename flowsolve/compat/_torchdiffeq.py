@@ -125,6 +125,8 @@ class Layout:
 
     def unpack(self, row: Tensor) -> Any:
         """(…, D) as func knows it, behind the leading dimensions."""
+        if not self.tupled and not self.complex:
+            return row.to(self.real).reshape((*row.shape[:-1], *self.shapes[0]))
         lead, row = row.shape[:-1], row.to(self.real)
         leaves = [self._shaped(v, lead, shape) for v, shape in zip(row.split(self.sizes, -1), self.shapes, strict=True)]
         return tuple(leaves) if self.tupled else leaves[0]
@@ -136,22 +138,37 @@ class Layout:
 
     def asking(self, func: Callable[[Tensor, Any], Any]) -> Ask:
         """What answers queries about a row."""
+        shape, plain, wide, real = self.shapes[0], not (self.tupled or self.complex), self.wide, self.real
 
         def ask(query: Query, context: Any) -> Tensor:
-            slope = func(self.time(query.t, query.x), self.unpack(query.x[0].clone()))  # func may write into it
-            if self.tupled:
-                slope = tuple(slope)
-            leaves = slope if self.tupled else (slope,)
-            found = [tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for v in leaves]
-            # As in torchdiffeq, the members of a tuple need the right number of numbers only.
-            fits = [math.prod(s) if isinstance(s, tuple) else s for s in found] if self.tupled else found
-            expected = [math.prod(s) for s in self.shapes] if self.tupled else [tuple(self.shapes[0])]
-            if fits != expected:
-                shapes = [tuple(s) for s in self.shapes]
-                raise ValueError(f"func(t, y) returned {found}; expected the shapes of y0, {shapes}")
-            return self.pack(slope)
+            x, t = query.x, query.t
+            if plain:
+                time = torch.full((), t, dtype=real, device=x.device) if isinstance(t, float) else self.time(t, x)
+                slope = func(time, x[0].to(real, copy=True).reshape(shape))  # func may write into it
+                if isinstance(slope, Tensor) and slope.shape == shape and not slope.is_complex():
+                    return slope.reshape(1, -1).to(wide, copy=True)
+                return self.pack(self.checked(slope))
+            return self.pack(self.checked(func(self.time(t, x), self.unpack(x[0].clone()))))
 
         return ask
+
+    def checked(self, slope: Any) -> Any:
+        """What func returned, if it has the shapes of the state."""
+        if self.tupled:
+            slope = tuple(slope)
+        leaves = slope if self.tupled else (slope,)
+        found = [tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for v in leaves]
+        # As in torchdiffeq, the members of a tuple need the right number of numbers only.
+        fits = [math.prod(s) if isinstance(s, tuple) else s for s in found] if self.tupled else found
+        expected = [math.prod(s) for s in self.shapes] if self.tupled else [tuple(self.shapes[0])]
+        if fits != expected:
+            shapes = [tuple(s) for s in self.shapes]
+            raise ValueError(f"func(t, y) returned {found}; expected the shapes of y0, {shapes}")
+        if not self.complex and any(v.is_complex() for v in leaves):
+            raise TypeError(
+                "func(t, y) returned complex numbers for a real y; expected real ones, or give a complex y0"
+            )
+        return slope
 
     def time(self, time: Any, like: Tensor) -> Tensor:
         """A time as func is given it."""
@@ -327,6 +344,8 @@ class _Varied:
         self, intervals: Any, y: Tensor, first: int, last: int, visited: Any, visit: Any
     ) -> Generator[Query, Tensor, Tensor]:
         """The steps of a fixed grid."""
+        if self.tell is None and self.perturbed is None:
+            return (yield from super().sweep(intervals, y, first, last, visited, visit))  # type: ignore[misc, no-any-return]
         for i in range(first, last):
             s, s_next, _ = intervals[i]
             if self.tell is not None:

@@ -273,6 +273,8 @@ class _Problem:
         solver = _adaptive(
             name, 1.0 if several else rows[0], 1.0 if several else rows[1], options, norm, len(self.times) - 1
         )
+        if not (tell or several or solver.min_step):
+            return solver
         return varied(solver, tell=tell, scales=(rows[1], rows[0]) if several else None)
 
     # --- ways to solve it
