@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         transforms,
     )
     from flowsolve.conditioning import per_sample, shared
+    from flowsolve.events import Event
     from flowsolve.flow import Flow
     from flowsolve.integrate import encode, sample
     from flowsolve.inversion import RoundTrip, round_trip
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from flowsolve.solvers import Status
 
 _HOME = {
+    "events": ("Event",),
     "conditioning": ("per_sample", "shared"),
     "flow": ("Flow",),
     "integrate": ("encode", "sample"),
@@ -56,6 +58,7 @@ _HOME = {
 
 __all__ = [
     "Estimate",
+    "Event",
     "Flow",
     "Prediction",
     "RoundTrip",

@@ -119,9 +119,11 @@ class Context:
 
     Attributes:
         tree: mappings, sequences and leaves, as they were given, without marks.
+        columns: numbers of the host with a column a sample, (k, B), if any.
     """
 
-    def __init__(self, tree: Any, count: int) -> None:
+    def __init__(self, tree: Any, count: int, columns: NDArray[np.float64] | None = None) -> None:
+        self.columns = columns
         leaves, self._spec = tree_flatten(tree)
         self._own = [
             v.own if isinstance(v, Whose) else isinstance(v, Tensor) and v.ndim > 0 and v.shape[0] == count
@@ -144,7 +146,10 @@ class Context:
 
     def select(self, index: NDArray[np.int64]) -> Context:
         """The context of some samples, by position."""
-        return self._with([take(v, index) if own else v for v, own in zip(self._leaves, self._own, strict=True)])
+        chosen = self._with([take(v, index) if own else v for v, own in zip(self._leaves, self._own, strict=True)])
+        if self.columns is not None:
+            chosen.columns = self.columns[:, index]
+        return chosen
 
     def joined(self, other: Context) -> Context:
         """The context of this batch's samples and then the other's.
@@ -152,7 +157,12 @@ class Context:
         Raises:
             ValueError: what they share among themselves is not the same in both.
         """
-        return self._combined(other, lambda a, b: torch.cat((a, b)))
+        both = self._combined(other, lambda a, b: torch.cat((a, b)))
+        if (self.columns is None) != (other.columns is None):
+            raise ValueError("of two batches that follow each other one has tolerances of its own; give them to both")
+        if self.columns is not None and other.columns is not None:
+            both.columns = np.concatenate((self.columns, other.columns), 1)
+        return both
 
     def placed(self, index: NDArray[np.int64], other: Context) -> Context:
         """This context with some samples, by position, replaced by the other's; errors as for `joined`."""
@@ -180,6 +190,7 @@ class Context:
 
     def _with(self, leaves: list[Any]) -> Context:
         new = object.__new__(Context)
+        new.columns = None
         new._leaves, new._spec, new._own = leaves, self._spec, self._own
         new.tree = tree_unflatten(leaves, self._spec)
         return new

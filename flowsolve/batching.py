@@ -1,4 +1,4 @@
-r"""Data sets that are larger than memory: `sample`, `encode` and `log_prob` over iterators.
+r"""Data sets that are larger than memory: `sample`, `encode`, `log_prob` and `solve` over iterators.
 
 Each function takes its samples from an iterator of tensors (n, *S), of any sizes n, or of pairs of such a tensor and
 the network's keyword arguments for it, and yields a result for each of them, in order. At most `batch` samples are
@@ -10,12 +10,13 @@ A failed sample says so in the status of its result; nothing is raised on the wa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from flowsolve._arguments import check_flow, check_interval, device_of, shape_of, state
+from flowsolve._solving import solutions
 from flowsolve._surroundings import refuse
 from flowsolve.brownian import named
 from flowsolve.charts import Chart
@@ -27,14 +28,15 @@ from flowsolve.likelihood.prior import Prior
 from flowsolve.likelihood.trace import Trace
 from flowsolve.noise import START, Seed
 from flowsolve.passage import Passage
-from flowsolve.planning import at_least
+from flowsolve.planning import at_least, whole
 from flowsolve.solution import Solution
 from flowsolve.solvers import auto
 from flowsolve.solvers.auto import Auto
 from flowsolve.solvers.base import Solver
+from flowsolve.solvers.names import solver as ode_solver
 from flowsolve.streaming import Chunk, numbered, stream
 
-__all__ = ["encode", "log_prob", "sample"]
+__all__ = ["encode", "log_prob", "sample", "solve"]
 
 
 def sample(
@@ -174,6 +176,51 @@ def log_prob(
     )  # fmt: skip
     given = common(cond, (total, batch))
     return _quiet(stream(job, numbered(source, given), batch, progress=progress, total=total))
+
+
+def solve(
+    f: Callable[..., Any],
+    source: Iterable[Any],
+    t0: float | None = None,
+    t1: float | None = None,
+    *,
+    solver: Solver | str,
+    batch: int,
+    args: Sequence[Any] = (),
+    nfe: int | None = None,
+    progress: bool = False,
+    total: int | None = None,
+) -> Iterator[Solution]:
+    """Solve dy/dt = f(t, y, *args) for samples that come from an iterator.
+
+    Args:
+        f: the right-hand side, as for `flowsolve.solve`.
+        source: states (n, *S), or trees of such, of any n; or pairs of one and a mapping of what is its samples' own:
+            args (before those shared), t0, t1, rtol, atol and first_step, numbers or tensors of shape (n,).
+        t0, t1: the interval, where the source does not bring it.
+        solver: a Runge–Kutta solver, or its name.
+        batch: the most samples f sees at a time.
+        args: further arguments of f that all samples share.
+        nfe: evaluations to spend on equal steps, or the most a sample may spend with an adaptive solver.
+        total: the number of samples to come, for the progress bar.
+
+    Yields:
+        A `Solution` for each item, the same as `flowsolve.solve` gives.
+
+    Examples:
+        >>> items = ((torch.ones(n, 1, dtype=torch.float64), {"args": (torch.arange(1.0, n + 1),)}) for n in (3, 2))
+        >>> decay = lambda t, y, rate: -rate[:, None] * y
+        >>> found = list(fs.batching.solve(decay, items, 0.0, 1.0, solver=fs.solvers.Tsit5(1e-8, 1e-8), batch=2))
+        >>> [round(float(v), 6) for v in found[0].x]
+        [0.367879, 0.135335, 0.049787]
+    """
+    method: Any = ode_solver(solver) if isinstance(solver, str) else solver
+    return _quiet(
+        solutions(
+            f, source, t0, t1, solver=method, batch=batch, args=tuple(args), nfe=whole(nfe), progress=progress,
+            total=total,
+        )
+    )  # fmt: skip
 
 
 def _quiet(results: Iterator[Any]) -> Iterator[Any]:

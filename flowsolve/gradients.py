@@ -116,7 +116,8 @@ class Backsolve:
             def watcher(attempt: Attempt, context: Context) -> None:
                 self._add(attempt.stride, np.flatnonzero(attempt.accepted), context, sums)
 
-            solver = replace(self.solver, norm=norm, first_step=None)
+            own = getattr(self.solver, "joint_norm", None)
+            solver = replace(self.solver, norm=own or norm, first_step=None)
             parts = list(
                 pursue(solver, resident(joint, self.context), s, target, self._joint, width=len(joint), watcher=watcher)
             )
@@ -235,8 +236,8 @@ def shift(t: Tensor) -> Tensor:
 
 
 def nudged(ask: Ask, y: Tensor, t: Any, h: Tensor, context: Any) -> Tensor:
-    """y after a step of no length from time t, a number or a tensor; h is 0, with derivatives (see `shift`)."""
-    far, near = h.to("cpu", torch.float64), h.to(y.device, y.dtype)
+    """y after a step of no length from time t; h is 0, with derivatives (see `shift`). Either may be one a sample."""
+    far, near = h.to("cpu", torch.float64), per_sample(h, y)
     t = t.to("cpu", torch.float64) if isinstance(t, Tensor) else t
     whole = torch.zeros(len(y), dtype=torch.float64, device="cpu")
     slope = ask(Query(y, whole + t), context)

@@ -10,22 +10,25 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import partial, reduce
+from functools import partial
 from itertools import pairwise
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from flowsolve import grids
-from flowsolve._arguments import check_gradient, check_solver, state
-from flowsolve._batch import Context, Whose, hosted, send, state_dtype
+from flowsolve._arguments import check_gradient, check_solver
+from flowsolve._batch import Context, Whose, send
+from flowsolve._clocks import columns, cornered, of_their_own, owned, rows_of_times
 from flowsolve._guard import Guard
+from flowsolve._layout import Layout
 from flowsolve._parameters import modules_of
 from flowsolve._surroundings import eager, mapped, moving, recorded
-from flowsolve.drivers import Ask, march
+from flowsolve.dense import Dense, Follower, Recorder, followed
+from flowsolve.drivers import Ask, Travel, march
+from flowsolve.events import Event, Watch
 from flowsolve.gradients import Backsolve, nudged, parameters_of, shift
 from flowsolve.planning import share, whole
 from flowsolve.pursuit import Metered, collect, pursue, resident
@@ -35,7 +38,7 @@ from flowsolve.solvers.base import Foreign, Query, SlopeSolver, Solver
 from flowsolve.solvers.names import solver as named
 from flowsolve.solvers.runge_kutta import RungeKutta
 
-__all__ = ["check_resolution", "solve", "trajectory"]
+__all__ = ["answering", "check_resolution", "laid_out", "solve", "trajectory"]
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -50,6 +53,13 @@ def solve(
     args: Sequence[Any] = (),
     nfe: int | None = None,
     t_eval: Sequence[float] | Tensor | None = None,
+    event: Any = None,
+    step_t: Sequence[float] | Tensor | None = None,
+    jump_t: Sequence[float] | Tensor | None = None,
+    dense: bool = False,
+    rtol: float | Tensor | None = None,
+    atol: float | Tensor | None = None,
+    first_step: float | Tensor | None = None,
     batched: bool = True,
     progress: bool = False,
     throw: bool = True,
@@ -73,7 +83,16 @@ def solve(
         nfe: evaluations to spend on equal steps, or the most a sample may spend with an adaptive solver.
         t_eval: times at which to return the state, strictly monotone from t0 towards t1; the last of them ends the
             solve. Between steps the state is interpolated, which costs nothing, except with Dopri8 (3 evaluations in a
-            step looked into) and with embedded methods on a fixed grid (1).
+            step looked into) and with embedded methods on a fixed grid (1). A tensor of shape (B, T) has a row a sample
+            (see `dense` for what that keeps and costs), and each sample ends with its own last.
+        event: a function g(t, y, *args) with a number a sample, at whose first zero a sample ends; or a
+            `flowsolve.Event`, which says more; or a list of them. What was met is in the solution's `events`, and
+            `Status.EVENT` says that a sample ended so. Times and states are differentiable (gradient="direct").
+        step_t: times at which the steps of an adaptive solve are to end.
+        jump_t: the same for times at which f jumps: f is asked at the numbers beside them, on the side of the step.
+        dense: keep the steps: the solution's `dense` is a function of time (`flowsolve.dense.Dense`); with
+            Dopri8 for 3 evaluations a step.
+        rtol, atol, first_step: in place of those of an adaptive solver; tensors of shape (B,) have one a sample.
         batched: the first axis of y0 numbers independent samples; False makes y0 one system with one step size and
             0-dimensional t.
         progress: show a progress bar (needs tqdm).
@@ -105,21 +124,109 @@ def solve(
     if not isinstance(solver, SlopeSolver):
         raise TypeError(f"{solver!r} works on flows only; a plain ODE needs a Runge–Kutta solver such as Dopri5()")
     check_gradient(gradient, solver)
-    if any(isinstance(t, Tensor) and t.ndim == 1 and not mapped(t) for t in (t0, t1)):
-        settings: dict[str, Any] = {"nfe": nfe, "progress": progress, "gradient": gradient, "params": params}
-        return _of_their_own(f, y0, t0, t1, args, t_eval, batched, throw, solver=solver, **settings)
+    made, own = owned(solver, rtol, atol, first_step)
+    solver = cast(SlopeSolver, made)
+    settings: dict[str, Any] = {
+        "solver": solver, "args": args, "event": event, "dense": dense, "batched": batched, "throw": throw, **own,
+        "nfe": nfe, "progress": progress, "gradient": gradient, "params": params,
+    }  # fmt: skip
+    if any(isinstance(t, Tensor) and t.ndim and not mapped(t) for t in (t0, t1)) or rows_of_times(t_eval):
+        if step_t is not None or jump_t is not None:
+            raise ValueError("step_t= and jump_t= are of one interval; give t0, t1 and t_eval as numbers")
+        return of_their_own(solve, f, y0, t0, t1, t_eval, **settings)
+    if step_t is not None or jump_t is not None:
+        return cornered(solve, f, y0, t0, t1, t_eval, step_t, jump_t, **settings)
     nfe = whole(nfe)
     start = _number(t0, "t0")
     stops = _stops(start, _number(t1, "t1"), t_eval)
-    layout = _Layout(y0, batched)
+    layout = Layout(y0, batched)
     y = layout.pack(y0)
     field = Guard(partial(_spread, _fed(f, y0)) if args else _fed(f, y0), "f")
     field.armed = True
     tree = {"args": tuple(Whose(v, False) if layout.single and not isinstance(v, Whose) else v for v in args)}
-    context = Context(tree if args else None, len(y))
+    context = Context(tree if args else None, len(y), columns(own, len(y)) if own else None)
     check_resolution(start, stops[-1], y.dtype)
 
     clock: dict[Any, Tensor] = {}
+    dtype, plain, known = y.dtype, not (layout.tree or layout.single), clock.get
+    ask = answering(field, layout, y, len(y), clock)
+    answer: Ask = ask
+    intervals = laid_out(solver, start, stops[-1], nfe)
+    if intervals is not None and isinstance(solver, RungeKutta):  # all times of the grid go to the device at once
+        asked = list(dict.fromkeys(solver.times(intervals)))
+        clock.update(zip(asked, torch.tensor(asked, dtype=y.dtype, device=y.device).unbind(0), strict=True))
+        shape = y.shape
+
+        def answer(query: Query, context: Any) -> Tensor:
+            """What `ask` answers, at less cost where all is as usual."""
+            if plain and query.nodes is None and (time := known(query.time)) is not None:
+                slope: Tensor = field(time, query.x, context)
+                if slope.__class__ is Tensor and slope.dtype is dtype and slope.shape == shape:
+                    return slope
+                return layout.checked(slope, query.x)
+            found: Tensor = ask(query, context)
+            return found
+
+    extra = 0
+    if moving(t0):
+        e = shift(t0)
+        y, extra = nudged(ask, y, start + e, -e, context.tree), 2
+    watch, keeper = None, Recorder() if dense else None
+    if event is not None or dense:
+        _check_followed(event, solver, gradient)
+    if event is not None:
+        events = [
+            e if isinstance(e, Event) else Event(e) for e in (event if isinstance(event, list | tuple) else [event])
+        ]
+        values = [partial(layout.number, e.g) for e in events]
+        watch = Watch(events, values, len(y), ask)
+    followers: list[Follower] = [v for v in (watch, keeper) if v is not None]
+    opening = y
+    states, solution = trajectory(
+        y, start, stops, answer, context, solver=solver, intervals=intervals, budget=nfe, dense=t_eval is not None,
+        mode=gradient if torch.is_grad_enabled() else "direct", functions=[f, *_listed(params)], progress=progress,
+        followers=followers,
+    )  # fmt: skip
+    if watch is not None:
+        solution = watch.closed(solution)
+        if t_eval is None:
+            states = solution.x.unsqueeze(0)
+        elif intervals is not None:
+            states = watch.cut(states, stops)
+    ends = [t1] if t_eval is None else list(t_eval)
+    if any(moving(end) for end in ends):
+        moved = []
+        for x, end, stop in zip(states, ends, stops, strict=True):
+            if moving(end):
+                e = shift(end)
+                if watch is not None and t_eval is None:  # what ended before does not move with the end
+                    e = e * (solution.status != Status.EVENT).to(e)
+                x, extra = nudged(ask, x, stop, e, context.tree), extra + 2
+            moved.append(x)
+        states = torch.stack(moved)
+    solution = replace(solution, nfe=solution.nfe + extra)
+    if watch is not None:
+        solution = replace(solution, events=watch.occurrences(partial(layout.unpack, many=True), y))
+    if keeper is not None:
+        solution = replace(solution, dense=_dense(keeper, opening, start, stops[-1], solution, layout))
+    if t_eval is None:
+        solution = replace(solution, x=layout.unpack(states[-1]))
+    else:
+        solution = replace(
+            solution, x=layout.unpack(states, lead=1), t_eval=torch.tensor(stops, dtype=torch.float64, device="cpu")
+        )
+    return solution.raise_on_failure() if throw else solution
+
+
+def answering(field: Guard, layout: Layout, y: Tensor, count: int | None, clock: dict[Any, Tensor]) -> Ask:
+    """What answers queries of a solve.
+
+    Args:
+        field: f(t, y, args).
+        y: the state at the start, for its device and dtype.
+        count: the number of samples, where they are there as a whole.
+        clock: tensors of times that are known beforehand.
+    """
     device, dtype, plain, known = y.device, y.dtype, not (layout.tree or layout.single), clock.get
 
     def rows(times: Tensor) -> tuple[Tensor, ...]:
@@ -146,60 +253,26 @@ def solve(
         try:
             return field(time, x, given)
         except RuntimeError as error:
-            if len(x) == len(y) or type(error).__module__ != "builtins":
+            if count is None or len(x) == count or type(error).__module__ != "builtins":
                 raise
             raise RuntimeError(
-                f"f failed with the {len(x)} of {len(y)} samples that are still under way ({error}); tensors with a "
+                f"f failed with the {len(x)} of {count} samples that are still under way ({error}); tensors with a "
                 "row a sample that it holds or closes over are of all of them: hand them over by args=, as in "
                 "solve(lambda t, y, rate: -rate * y, …, args=(rate,))"
             ) from error
 
-    answer: Ask = ask
-    intervals = None
-    if not solver.chooses_steps:
-        if nfe is None:
-            raise ValueError(f"{type(solver).__name__} steps on a fixed grid: give nfe=…")
-        counts = solver.schedule(nfe)
-        times = share(grids.fractions(start, stops[-1], nfe), counts)
-        intervals = list(zip(times, times[1:], counts, strict=False))
-        if isinstance(solver, RungeKutta):  # all times of the grid go to the device at once
-            asked = list(dict.fromkeys(solver.times(intervals)))
-            clock.update(zip(asked, torch.tensor(asked, dtype=y.dtype, device=y.device).unbind(0), strict=True))
-            shape = y.shape
+    return ask
 
-            def answer(query: Query, context: Any) -> Tensor:
-                """What `ask` answers, at less cost where all is as usual."""
-                if plain and query.nodes is None and (time := known(query.time)) is not None:
-                    slope: Tensor = field(time, query.x, context)
-                    if slope.__class__ is Tensor and slope.dtype is dtype and slope.shape == shape:
-                        return slope
-                    return layout.checked(slope, query.x)
-                return ask(query, context)
 
-    extra = 0
-    if moving(t0):
-        e = shift(t0)
-        y, extra = nudged(ask, y, start + e, -e, context.tree), 2
-    states, solution = trajectory(
-        y, start, stops, answer, context, solver=solver, intervals=intervals, budget=nfe, dense=t_eval is not None,
-        mode=gradient if torch.is_grad_enabled() else "direct", functions=[f, *_listed(params)], progress=progress,
-    )  # fmt: skip
-    ends = [t1] if t_eval is None else list(t_eval)
-    if any(moving(end) for end in ends):
-        moved = []
-        for x, end, stop in zip(states, ends, stops, strict=True):
-            if moving(end):
-                x, extra = nudged(ask, x, stop, shift(end), context.tree), extra + 2
-            moved.append(x)
-        states = torch.stack(moved)
-    solution = replace(solution, nfe=solution.nfe + extra)
-    if t_eval is None:
-        solution = replace(solution, x=layout.unpack(states[-1]))
-    else:
-        solution = replace(
-            solution, x=layout.unpack(states, lead=1), t_eval=torch.tensor(stops, dtype=torch.float64, device="cpu")
-        )
-    return solution.raise_on_failure() if throw else solution
+def laid_out(solver: SlopeSolver, start: float, end: float, nfe: int | None) -> list[tuple[float, float, int]] | None:
+    """The intervals (s, s_next, evaluations) of a fixed grid; None for a solver that chooses its steps."""
+    if solver.chooses_steps:
+        return None
+    if nfe is None:
+        raise ValueError(f"{type(solver).__name__} steps on a fixed grid: give nfe=…")
+    counts = solver.schedule(nfe)
+    times = share(grids.fractions(start, end, nfe), counts)
+    return list(zip(times, times[1:], counts, strict=False))
 
 
 def trajectory(
@@ -215,6 +288,8 @@ def trajectory(
     dense: bool = False,
     mode: str = "direct",
     functions: Sequence[Any] = (),
+    followers: Sequence[Follower] = (),
+    back: tuple[RungeKutta, Any] | None = None,
     progress: bool = False,
 ) -> tuple[Tensor, Solution]:
     """The states of an ODE at some stops, and the solution at the last.
@@ -230,12 +305,14 @@ def trajectory(
         dense: whether the states at all stops are wanted, rather than the last.
         mode: how gradients are recorded, if autograd does; see `flowsolve.gradients`.
         functions: where to look for parameters ("adjoint"): callables, modules and tensors.
+        followers: what goes along ("direct", or without gradients).
+        back: another solver and intervals for the adjoint's way back.
 
     Returns:
         States of shape (T, B, *S), with T = 1 unless dense; and the solution, whose times are the clock of the solve.
     """
     if mode == "adjoint":
-        return _adjoint(y, start, stops, ask, context, solver, intervals, budget, dense, functions, progress)
+        return _adjoint(y, start, stops, ask, context, solver, intervals, budget, dense, functions, progress, back)
     if mode == "checkpoint" and recorded():
         raise NotImplementedError(
             "gradient='checkpoint' is within a reverse-mode transform of torch.func, which takes no checkpoints; use "
@@ -257,7 +334,9 @@ def trajectory(
         for stop in stops if dense else ():
             if stop != start:
                 watch.setdefault(bisect_left(reached, abs(stop - start)), []).append(stop)
-        travel = partial(solver.sweep, intervals)
+        travel: Travel = partial(solver.sweep, intervals)
+        if followers:
+            travel = followed(solver, intervals, followers, context)
         seen, solution = march(
             travel, y, intervals, ask, context.tree, start=start, watch=watch, segments=mode == "checkpoint",
             progress=progress,
@@ -266,7 +345,7 @@ def trajectory(
             return solution.x.unsqueeze(0), solution
         return torch.stack([y, *seen] if stops[0] == start else seen), solution
     assert isinstance(solver, Adaptive)
-    return _pursued(y, start, end, ask, context, solver, budget, stops if dense else (), mode, progress)
+    return _pursued(y, start, end, ask, context, solver, budget, stops if dense else (), mode, progress, followers)
 
 
 @eager
@@ -308,12 +387,13 @@ def _pursued(
     stops: Sequence[float],
     mode: str,
     progress: bool,
+    followers: Sequence[Follower],
 ) -> tuple[Tensor, Solution]:
     """`trajectory` by steps that the solver chooses."""
     parts = list(
         pursue(
             solver, resident(y, context), start, end, ask, width=len(y), stops=stops, budget=budget,
-            segments=mode == "checkpoint", progress=progress, total=len(y),
+            segments=mode == "checkpoint", progress=progress, total=len(y), followers=followers,
         )
     )  # fmt: skip
     looks, solution = collect(parts, y, len(stops))
@@ -333,6 +413,7 @@ def _adjoint(
     dense: bool,
     functions: Sequence[Any],
     progress: bool,
+    back: tuple[RungeKutta, Any] | None,
 ) -> tuple[Tensor, Solution]:
     """`trajectory` without a graph, and the adjoint solve in its place."""
     with torch.no_grad():
@@ -351,90 +432,10 @@ def _adjoint(
         slopes = [ask(Query(x, torch.full((1,), s, dtype=torch.float64, device="cpu")), one.tree) for x, s in ends]
     assert isinstance(solver, RungeKutta)
     parameters = parameters_of(functions, slopes)
-    problem = Backsolve(solver, ask, context, start, list(stops) if dense else [stops[-1]], intervals, parameters)
+    way = back or (solver, intervals)
+    problem = Backsolve(way[0], ask, context, start, list(stops) if dense else [stops[-1]], way[1], parameters)
     states = problem.attach(y, states)
     return states, replace(solution, x=states[-1])
-
-
-class _Layout:
-    """How the state that f knows is held as one tensor of shape (B, *S)."""
-
-    def __init__(self, y0: Any, batched: bool) -> None:
-        leaves, self.spec = tree_flatten(y0)
-        self.tree = not isinstance(y0, Tensor)
-        if not leaves:
-            raise TypeError(f"y0 = {y0!r} holds no tensor; expected a tensor, or a tree of them with one at least")
-        for leaf in leaves:
-            if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-                got = f"dtype {leaf.dtype}" if isinstance(leaf, Tensor) else type(leaf).__name__
-                raise TypeError(f"the state y0 holds a {got}; expected floating-point tensors")
-        self.single = not batched or any(leaf.ndim == 0 for leaf in leaves)
-        if not self.single and len({len(leaf) for leaf in leaves}) > 1:
-            sizes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves)
-            raise ValueError(
-                f"the tensors of y0 have shapes {sizes}; expected the same first dimension, the batch, or batched=False"
-            )
-        self.shapes = [leaf.shape for leaf in leaves]
-        self.dtypes = [leaf.dtype for leaf in leaves]
-        self.sizes = [(shape if self.single else shape[1:]).numel() for shape in self.shapes]
-        self.dtype = reduce(torch.promote_types, (state_dtype(leaf) for leaf in leaves))
-
-    def pack(self, y0: Any) -> Tensor:
-        """The state as it is integrated."""
-        leaves, _ = tree_flatten(y0)
-        if not self.tree:
-            return state(leaves[0].unsqueeze(0) if self.single else leaves[0])
-        return torch.cat([self._row(leaf.to(self.dtype)) for leaf in leaves], 1)
-
-    def unpack(self, x: Tensor, lead: int = 0, like: bool = False) -> Any:
-        """The state as f knows it, behind `lead` more dimensions; with the leaves' own dtypes if `like`."""
-        if not self.tree:
-            return x.squeeze(lead) if self.single else x
-        front, count = x.shape[:lead], x.shape[lead]
-        leaves = []
-        for part, shape, dtype in zip(x.split(self.sizes, -1), self.shapes, self.dtypes, strict=True):
-            leaf = part.reshape((*front, *shape) if self.single else (*front, count, *shape[1:]))
-            leaves.append(leaf.to(dtype if like else torch.promote_types(dtype, torch.float32)))
-        return tree_unflatten(leaves, self.spec)
-
-    def time(self, t: Tensor) -> Tensor:
-        """Times of shape (…, B) as f is given them."""
-        if self.single:
-            return t[..., 0]
-        return t.reshape(*t.shape, *[1] * (1 if self.tree else len(self.shapes[0]) - 1))
-
-    def slope(self, f: Guard, t: Tensor, x: Tensor, args: Any) -> Tensor:
-        """f(t, y) as one tensor."""
-        if not self.tree:
-            given = x[0] if self.single else x
-            return self.checked(f(t, given, args), given)
-        given = self.unpack(x, like=True)
-        # f is given copies, which it may write into, and what it returns is copied below.
-        more = args or {}
-        answer = f.function(lambda: f.f(t.clone(), self.unpack(x.clone(), like=True), **more), x.device)
-        leaves, spec = tree_flatten(answer)
-        if spec != self.spec:
-            leaves, spec = tree_flatten(_ordered(answer, given))
-        expected = [v.shape for v in tree_flatten(given)[0]]
-        if spec != self.spec or [getattr(v, "shape", None) for v in leaves] != expected:
-            raise ValueError(
-                f"f(t, y) returned {_outline(leaves, spec)}; expected the structure of y0, {_outline(given)}"
-            )
-        for leaf in leaves:
-            _real(leaf, x)
-        return torch.cat([self._row(v.to(x.dtype)) for v in leaves], 1)
-
-    def checked(self, slope: Any, given: Tensor) -> Tensor:
-        """What f returned for a tensor, if it is of the same shape, in the dtype of the state."""
-        if not isinstance(slope, Tensor) or slope.shape != given.shape:
-            got = tuple(slope.shape) if isinstance(slope, Tensor) else type(slope).__name__
-            raise ValueError(f"f(t, y) returned {got} for y of shape {tuple(given.shape)}; expected the same shape")
-        _real(slope, given)
-        found: Tensor = slope.unsqueeze(0) if self.single else slope
-        return found if found.dtype is given.dtype else found.to(given.dtype)
-
-    def _row(self, leaf: Tensor) -> Tensor:
-        return leaf.reshape(1, -1) if self.single else leaf.reshape(len(leaf), -1)
 
 
 def _fed(f: Callable[[Tensor, Any], Any], y0: Any) -> Callable[[Tensor, Any], Any]:
@@ -445,70 +446,28 @@ def _fed(f: Callable[[Tensor, Any], Any], y0: Any) -> Callable[[Tensor, Any], An
     return f if found not in HALF else lambda t, y, *more: f(t.to(found), y.to(found), *more)
 
 
+def _check_followed(event: Any, solver: SlopeSolver, gradient: str) -> None:
+    """Raise unless a solve can be followed."""
+    what = "event=" if event is not None else "dense=True"
+    if isinstance(solver, Foreign):
+        raise TypeError(f"{solver!r} runs a loop of its own, which has no {what}; use a solver such as Dopri5()")
+    if gradient != "direct" and torch.is_grad_enabled():
+        raise ValueError(
+            f"gradient={gradient!r} with {what}, which keeps its graph; use gradient='direct', or find the times of "
+            "events under torch.no_grad() and solve to them (t1 may have the shape (B,))"
+        )
+
+
+def _dense(keeper: Recorder, y: Tensor, start: float, end: float, solution: Solution, layout: Layout) -> Dense:
+    """The solution as a function of time."""
+    begin, limit = np.full(len(y), start), np.full(len(y), end)
+    reached = solution.t.detach().numpy()
+    return Dense(keeper.pieces, y, begin, reached, limit, layout.unpack, single=layout.single)
+
+
 def _spread(f: Callable[..., Any], t: Tensor, y: Any, args: tuple[Any, ...]) -> Any:
     """f(t, y, *args)."""
     return f(t, y, *args)
-
-
-def _of_their_own(
-    f: Callable[..., Any],
-    y0: Any,
-    t0: float | Tensor,
-    t1: float | Tensor,
-    args: Sequence[Any],
-    t_eval: Any,
-    batched: bool,
-    throw: bool,
-    **settings: Any,
-) -> Solution:
-    """`solve` where each sample has an interval of its own: in u from 0 to 1, with t = t0 + (t1 − t0) u."""
-    if t_eval is not None or not batched:
-        raise ValueError("times of shape (B,) go with neither t_eval= nor batched=False; give the samples one interval")
-    leaves = tree_flatten(y0)[0]
-    count, device = len(leaves[0]), leaves[0].device
-    times = [hosted(t, dtype=torch.float64).to(device) for t in (t0, t1)]
-    if wrong := [tuple(t.shape) for t in times if t.ndim and len(t) != count]:
-        raise ValueError(f"t0 or t1 has shape {wrong[0]}; expected a number, or one a sample, ({count},)")
-    begin, end = (t.expand(count) for t in times)
-
-    def g(u: Tensor, y: Any, begin: Tensor, span: Tensor, *more: Any) -> Any:
-        wide = [v.ndim for v in tree_flatten(y)[0]]
-        depth = wide[0] if isinstance(y, Tensor) else 2
-        shape = (-1, *[1] * (depth - 1))
-        t = (begin.reshape(shape) + span.reshape(shape) * u).to(u.dtype)
-        return tree_map(lambda v: (span.reshape(-1, *[1] * (v.ndim - 1)) * v).to(v.dtype), f(t, y, *more))
-
-    own = (Whose(begin, True), Whose(end - begin, True), *args)
-    solution = solve(g, y0, 0.0, 1.0, args=own, throw=False, **settings)
-    first, last = (t.detach().cpu() for t in (begin, end))
-    reached = torch.where(solution.t == 1.0, last, first + (last - first) * solution.t)
-    solution = replace(solution, t=reached)
-    return solution.raise_on_failure() if throw else solution
-
-
-def _ordered(tree: Any, like: Any) -> Any:
-    """A tree with the keys of its dicts in another's order, where they are the same keys."""
-    if isinstance(tree, dict) and isinstance(like, dict) and tree.keys() == like.keys():
-        return {k: _ordered(tree[k], v) for k, v in like.items()}
-    if type(tree) is type(like) and type(like) in (list, tuple) and len(tree) == len(like):
-        return type(like)(_ordered(a, b) for a, b in zip(tree, like, strict=True))
-    return tree
-
-
-def _outline(tree: Any, spec: Any = None) -> str:
-    """A tree with shapes in place of its tensors."""
-    leaves, form = (tree, spec) if spec is not None else tree_flatten(tree)
-    told = [tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for v in leaves]
-    return str(tree_unflatten(told, form))
-
-
-def _real(slope: Tensor, y: Tensor) -> None:
-    """Raise TypeError for a complex slope of a real state."""
-    if slope.is_complex() and not y.is_complex():
-        raise TypeError(
-            f"f(t, y) returned {slope.dtype} for y of {y.dtype}; expected real numbers, since the imaginary "
-            "part would be lost"
-        )
 
 
 def _listed(params: Iterable[Tensor] | None) -> list[Tensor]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -27,9 +27,9 @@ from flowsolve.kernels import control
 from flowsolve.solution import Solution
 from flowsolve.solvers.adaptive import Adaptive, AdaptiveState, Attempt, Status
 from flowsolve.solvers.base import Query
-from flowsolve.solvers.runge_kutta import look
+from flowsolve.solvers.runge_kutta import Stride, look
 
-__all__ = ["Arrivals", "Finished", "Metered", "answered", "collect", "pursue", "resident"]
+__all__ = ["Arrivals", "Finished", "Follower", "Metered", "answered", "collect", "pursue", "resident"]
 
 Count = NDArray[np.int64]
 Look = tuple[Count, Count, Tensor]
@@ -71,6 +71,18 @@ class Metered:
 
 Arrivals = Callable[[int], tuple[Tensor, Context] | None]
 """Up to n waiting samples, their states and context; None when there are no more."""
+
+
+class Follower(Protocol):
+    """What goes along with an adaptive solve (`flowsolve.dense`, `flowsolve.events`)."""
+
+    def attempted(self, ids: Count, attempt: Attempt, context: Context, ask: Ask) -> Attempt:
+        """An attempt of the samples of these numbers, as it is to count."""
+        ...
+
+    def strode(self, stride: Stride, context: Context) -> Generator[Query, Tensor, None]:
+        """A step of all samples on a fixed grid, whose times and size are arrays."""
+        ...
 
 
 def resident(y: Tensor, context: Context) -> Arrivals:
@@ -122,6 +134,7 @@ class _Pursuit:
     stops: NDArray[np.float64]
     budget: int | Metered | None
     watcher: Callable[[Attempt, Context], None] | None
+    followers: Sequence[Follower] = ()
 
     @property
     def lookup(self) -> int:
@@ -154,18 +167,24 @@ class _Pursuit:
             passed = passed + 1
         return _Round(_Batch(state, context, ids, passed), looks, bool((state.status != RUNNING).any()))
 
-    def beginning(self, y: Tensor) -> Generator[Query, Tensor, AdaptiveState]:
+    def beginning(self, y: Tensor, context: Context) -> Generator[Query, Tensor, AdaptiveState]:
         """The choice of newcomers' first steps."""
+        if context.columns is not None:
+            return self.solver.begin(y, self.start, self.end, context.columns)
         return self.solver.begin(y, self.start, self.end)
 
     def attempt(self, batch: _Batch, errors: NDArray[np.float64] | None = None) -> Generator[Query, Tensor, Attempt]:
         """The next attempt of a batch."""
+        if batch.context.columns is not None:
+            return self.solver.attempt(batch.state, self.end, errors, batch.context.columns)
         return self.solver.attempt(batch.state, self.end, errors)
 
     def settle(self, batch: _Batch, attempt: Attempt) -> _Round:
         """The batch after an attempt."""
         if self.watcher is not None:
             self.watcher(attempt, batch.context)
+        for follower in self.followers:
+            attempt = follower.attempted(batch.ids, attempt, batch.context, self.ask)
         state, passed, ended = attempt.state, batch.passed, attempt.ended > 0
         looks: list[Look] = []
         if len(self.stops):
@@ -237,6 +256,7 @@ def pursue(
     budget: int | Metered | None = None,
     segments: bool = False,
     watcher: Callable[[Attempt, Context], None] | None = None,
+    followers: Sequence[Follower] = (),
     progress: bool = False,
     total: int | None = None,
 ) -> Iterator[Finished]:
@@ -249,12 +269,13 @@ def pursue(
         budget: the most evaluations a sample may cost.
         segments: throw away and remake the graph of O(√n) attempts at a time; for a resident batch.
         watcher: is shown every attempt.
+        followers: go along, and may end samples.
         total: the number of samples to come, for the progress bar.
 
     Raises:
         ValueError: a budget that does not suffice for one step.
     """
-    pursuit = _Pursuit(solver, start, end, ask, np.asarray(stops, dtype=np.float64), budget, watcher)
+    pursuit = _Pursuit(solver, start, end, ask, np.asarray(stops, dtype=np.float64), budget, watcher, followers)
     limit = budget.limit if isinstance(budget, Metered) else budget
     if limit is not None and limit < pursuit.least:
         raise ValueError(
@@ -272,7 +293,7 @@ def pursue(
             if batch is None:
                 if fresh is None:
                     return
-                begun = _begun(*answered(pursuit.beginning(fresh[0]), fresh[1], ask))
+                begun = _begun(*answered(pursuit.beginning(*fresh), fresh[1], ask))
             elif fresh is None:
                 if segments:
                     rounds.append(pursuit.segment(batch, length))
@@ -281,7 +302,7 @@ def pursue(
                     attempt = _charged(*answered(pursuit.attempt(batch), batch.context, ask))
                     rounds.append(pursuit.settle(batch, attempt))
             else:
-                pairs = [(pursuit.attempt(batch), batch.context), (pursuit.beginning(fresh[0]), fresh[1])]
+                pairs = [(pursuit.attempt(batch), batch.context), (pursuit.beginning(*fresh), fresh[1])]
                 attempted, entering = _convoy(pairs, ask)
                 rounds.append(pursuit.settle(batch, _charged(*attempted)))
                 begun = _begun(*entering)

@@ -15,6 +15,7 @@ __all__ = ["Solution", "SolverError"]
 REASONS = {
     Status.RUNNING: "still running",
     Status.SUCCESS: "reached the end",
+    Status.EVENT: "reached an event",
     Status.NONFINITE: "met a value that is not finite",
     Status.UNDERFLOW: "step size fell below min_step or the resolution of time (the field is stiff or has a jump)",
     Status.BUDGET: "evaluation budget spent",
@@ -47,9 +48,12 @@ class Solution:
         status: a `Status` for each sample, int64 of shape (B,).
         accepted: accepted steps, int64 of shape (B,).
         rejected: rejected steps, int64 of shape (B,).
-        t: the time each sample reached, or that of the first value that was not finite; float64 of shape (B,).
+        t: the time each sample reached (of an event, differentiable), or that of the first value that was not finite;
+            float64 of shape (B,).
         t_eval: the times of x's first axis (of the trajectory, for a flow), if asked for.
         trajectory: of a flow: its states at t_eval, shape (T, B, *S), NaN where a sample did not get.
+        events: of `flowsolve.solve(event=…)`: the `flowsolve.events.Occurrences` of each event.
+        dense: of `flowsolve.solve(dense=True)`: the solution as a function of time (`flowsolve.dense.Dense`).
     """
 
     x: Tensor
@@ -60,11 +64,13 @@ class Solution:
     t: Tensor
     t_eval: Tensor | None = None
     trajectory: Tensor | None = None
+    events: tuple[Any, ...] = ()
+    dense: Any = None
 
     @property
     def ok(self) -> Tensor:
-        """Which samples reached the end, bool of shape (B,)."""
-        return self.status == Status.SUCCESS
+        """Which samples reached the end, or an event that ends them, bool of shape (B,)."""
+        return (self.status == Status.SUCCESS) | (self.status == Status.EVENT)
 
     @property
     def messages(self) -> list[str]:

@@ -204,3 +204,56 @@ def test_progress_tells_the_mean_nfe(capsys: pytest.CaptureFixture[str]) -> None
     assert "12/12" in shown
     assert f"mean NFE {sol.nfe.double().mean():.1f}" in shown
     assert math.isclose(float(sol.t[0]), 1.0)
+
+
+# --- ODEs ------------------------------------------------------------------------------------------------------------
+
+
+def decay(t: torch.Tensor, y: torch.Tensor, rate: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    return -rate.reshape(-1, *[1] * (y.ndim - 1)) * (y - shift)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 100])
+@pytest.mark.parametrize("solver", [fs.solvers.Dopri5(1e-9, 1e-9), fs.solvers.RK4()], ids=lambda s: type(s).__name__)
+def test_odes_are_solved_as_one_by_one(solver: Any, batch: int) -> None:
+    """Parameters, intervals (one backwards) and tolerances follow their samples across the borders of items."""
+    nfe = None if solver.chooses_steps else 400
+    rate, end = torch.linspace(0.1, 3.0, 11, dtype=torch.float64), torch.linspace(2.0, -0.5, 11, dtype=torch.float64)
+    y0, shift = torch.linspace(1.0, 3.0, 22, dtype=torch.float64).reshape(11, 2), torch.tensor(0.25)
+    rtol = torch.logspace(-9, -4, 11, dtype=torch.float64)
+    own = {"rtol": rtol, "atol": rtol / 10} if solver.chooses_steps else {}
+
+    def items() -> Any:
+        for part in torch.arange(11).split([3, 1, 7]):
+            yield y0[part], {"args": (rate[part],), "t1": end[part], **{k: v[part] for k, v in own.items()}}
+
+    found = list(fs.batching.solve(decay, items(), 0.0, args=(shift,), solver=solver, batch=batch, nfe=nfe))
+    assert [len(s.x) for s in found] == [3, 1, 7]
+    x, t = torch.cat([s.x for s in found]), torch.cat([s.t for s in found])
+    assert torch.equal(t, end)
+    truth = 0.25 + (y0 - 0.25) * torch.exp(-rate * end)[:, None]
+    torch.testing.assert_close(x, truth, rtol=1e-3 if own else 1e-6, atol=0.0)
+    whole = fs.solve(decay, y0, 0.0, end, args=(rate, shift), solver=solver, nfe=nfe, **own)
+    torch.testing.assert_close(x, whole.x, rtol=1e-12, atol=0.0)
+    assert torch.equal(torch.cat([s.nfe for s in found]), whole.nfe)
+
+
+def test_trees_of_odes_stream() -> None:
+    source = [{"x": torch.ones(n, 2), "v": torch.zeros(n)} for n in (2, 3)]
+    f = lambda t, y: {"x": -y["x"], "v": y["x"].sum(1)}  # noqa: E731
+    found = list(fs.batching.solve(f, source, 0.0, 1.0, solver="dopri5", batch=2))
+    assert [s.x["x"].shape for s in found] == [(2, 2), (3, 2)]
+    torch.testing.assert_close(found[1].x["v"], torch.full((3,), 2 * (1 - math.exp(-1.0))), rtol=1e-4, atol=0.0)
+
+
+def test_what_a_stream_of_odes_needs() -> None:
+    f, y = lambda t, y: -y, torch.ones(3, 1)
+    with pytest.raises(ValueError, match="t1 is neither given nor with the items"):
+        list(fs.batching.solve(f, [y], 0.0, solver="dopri5", batch=2))
+    with pytest.raises(ValueError, match="other shapes than the first"):
+        list(fs.batching.solve(f, [y, torch.ones(3, 2)], 0.0, 1.0, solver="dopri5", batch=2))
+    with pytest.raises(ValueError, match=r"gave \['t1'\] with one item and \[\] with the first"):
+        list(fs.batching.solve(f, [y, (y, {"t1": 1.0})], 0.0, 1.0, solver="dopri5", batch=2))
+    with pytest.raises(ValueError, match="RK4 steps on a fixed grid: give nfe="):
+        list(fs.batching.solve(f, [y], 0.0, 1.0, solver="rk4", batch=2))
+    assert list(fs.batching.solve(f, [], 0.0, 1.0, solver="dopri5", batch=2)) == []

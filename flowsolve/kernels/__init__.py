@@ -136,16 +136,17 @@ class Slopes:
         return twin.weighted([self.tensors[i] for i in stages], h[:, None] * weights, self.y)
 
     def error_norm(
-        self, h: Vector, stages: Indices, weights: Vector, ahead: Tensor, atol: float, rtol: float, norm: Norm
+        self, h: Vector, stages: Indices, weights: Vector, ahead: Tensor, atol: Any, rtol: Any, norm: Norm
     ) -> Tensor:
         """The norm of each sample's local error h Σ_j w_j k_j in units of its tolerance, (B,).
 
         Args:
             ahead: the state after the step; where that is not finite, neither is the error.
-            atol, rtol: the tolerances.
+            atol, rtol: the tolerances, numbers or tensors that broadcast against y.
             norm: (B, *S) → (B,); the fused kernels know `rms` and `largest`.
         """
-        if self._kernels is not None and norm in (rms, largest) and _plain(ahead, self.y.dtype, self._recording):
+        plain = norm in (rms, largest) and not (isinstance(atol, Tensor) or isinstance(rtol, Tensor))
+        if self._kernels is not None and plain and _plain(ahead, self.y.dtype, self._recording):
             kernel = self._kernels.error_norm
             return kernel(self.y, self._plan, h, stages, weights, ahead, atol, rtol, norm)  # type: ignore[no-any-return]
         slopes = [self.tensors[i] for i in stages]

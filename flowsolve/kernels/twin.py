@@ -83,9 +83,10 @@ def weighted(slopes: Sequence[Tensor], weights: Weights, base: Tensor | None = N
     return total
 
 
-def scale(size: Tensor, atol: float, rtol: float) -> Tensor:
+def scale(size: Tensor, atol: Any, rtol: Any) -> Tensor:
     """The tolerance of each number; kept from 0, so that a number that is 0 and stays 0 has no error."""
-    return (rtol * size).add_(atol).clamp_min_(torch.finfo(size.dtype).tiny)
+    unit: Tensor = rtol * size
+    return unit.add_(atol).clamp_min_(torch.finfo(size.dtype).tiny)
 
 
 def error_norm(
@@ -93,8 +94,8 @@ def error_norm(
     weights: Weights,
     y: Tensor,
     ahead: Tensor,
-    atol: float,
-    rtol: float,
+    atol: Any,
+    rtol: Any,
     norm: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """The norm of the local error in units of the tolerance; see `flowsolve.kernels.Slopes.error_norm`."""

@@ -27,14 +27,14 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from functools import cached_property
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flowsolve._batch import take
+from flowsolve._batch import per_sample, take
 from flowsolve._surroundings import within
 from flowsolve.kernels import Law, Slopes, aim, control, host, judge, rms, twin
 from flowsolve.solvers.base import Nodes, Query
@@ -59,6 +59,7 @@ class Status(IntEnum):
     BUDGET = 3
     MAX_STEPS = 4
     MAX_REJECTIONS = 5
+    EVENT = 6
 
 
 @dataclass(frozen=True)
@@ -219,8 +220,21 @@ class Adaptive(RungeKutta):
         """Whether steps are adaptive."""
         return self.adaptive
 
-    def begin(self, y: Tensor, s: float, s_end: float) -> Generator[Query, Tensor, AdaptiveState]:
-        """Ask for the first slope, choose the first step of each sample, and return the state at s (s ≠ s_end)."""
+    def tolerances(self, y: Tensor, own: Vector | None = None) -> tuple[Any, Any]:
+        """(atol, rtol): numbers, or tensors that broadcast against the state."""
+        if own is None:
+            return self.atol, self.rtol
+        rtol, atol = (per_sample(torch.from_numpy(np.ascontiguousarray(v)), y) for v in own[:2])
+        return atol, rtol
+
+    def begin(
+        self, y: Tensor, s: float, s_end: float, own: Vector | None = None
+    ) -> Generator[Query, Tensor, AdaptiveState]:
+        """Ask for the first slope, choose the first step of each sample, and return the state at s (s ≠ s_end).
+
+        Args:
+            own: rtol, atol and first step of each sample (NaN to choose it), (3, B).
+        """
         count = y.shape[0]
         start = np.full(count, s)
         slope = yield Query(y, torch.from_numpy(start))
@@ -231,9 +245,10 @@ class Adaptive(RungeKutta):
             finite = np.isfinite(host(self.norm(slope.detach())))
         else:
             with torch.no_grad():
-                scale = twin.scale(y.abs(), self.atol, self.rtol)
-                if self.atol == 0.0:  # a number that is 0 has no scale yet, and no say in the first step
-                    scale = torch.where(y == 0.0, torch.inf, scale)
+                atol, rtol = self.tolerances(y, own)
+                scale = twin.scale(y.abs(), atol, rtol)
+                if isinstance(atol, Tensor) or atol == 0.0:  # what is 0 has no scale yet, and no say in the first step
+                    scale = torch.where((y == 0.0) & (atol == 0.0), torch.inf, scale)
                 d0, d1 = control.rounded(host(torch.stack((self.norm(y / scale), self.norm(slope / scale)))))
             finite = np.isfinite(d1)
             with np.errstate(all="ignore"):  # samples that are not finite are ended below
@@ -249,6 +264,8 @@ class Adaptive(RungeKutta):
                 root = control.rounded((0.01 / most) ** (1.0 / (self.pair.error_order + 1)))
                 h = np.where(most <= 1e-15, np.maximum(h0 * 1e-3, 1e-6), root)
                 h = np.minimum(100.0 * h0, np.where(h > 0.0, h, h0))
+        if own is not None:
+            h = np.where(np.isnan(own[2]), h, own[2])
         real, counts = np.zeros((4, count)), np.zeros((5, count), dtype=np.int64)
         real[control.S], real[control.H] = s, sign * np.clip(h, min(self.min_step, longest), longest)
         counts[control.NFE] = self.begin_nfe
@@ -256,20 +273,22 @@ class Adaptive(RungeKutta):
         return AdaptiveState(y, slope, real, counts)
 
     def attempt(
-        self, state: AdaptiveState, s_end: float, errors: Vector | None = None
+        self, state: AdaptiveState, s_end: float, errors: Vector | None = None, own: Vector | None = None
     ) -> Generator[Query, Tensor, Attempt]:
         """One attempted step of every sample towards s_end; each is accepted or rejected on its own.
 
         Args:
             errors: the errors of an attempt that was made before and is now repeated: they decide again.
+            own: as for `begin`.
         """
         pair = self.pair
         h, s_next, nodes = aim(state.real, s_end, pair.later)
         slopes = Slopes(state.y)
         slopes.append(state.slope)
         ahead = yield from ask_stages(pair, Nodes(nodes), h, slopes, 1)
-        error = self._error(ahead, h, slopes) if errors is None else errors
-        return self._judged(state, s_end, h, s_next, slopes, ahead, error)
+        if errors is None:
+            errors = self._error(ahead, h, slopes) if own is None else self._error(ahead, h, slopes, own)
+        return self._judged(state, s_end, h, s_next, slopes, ahead, errors)
 
     def ahead(self, state: AdaptiveState, s_end: float) -> Vector:
         """The times that the next attempt asks about, (m, B)."""
@@ -315,11 +334,11 @@ class Adaptive(RungeKutta):
             )
         )
 
-    def _error(self, ahead: Tensor, h: Vector, slopes: Slopes) -> Vector:
+    def _error(self, ahead: Tensor, h: Vector, slopes: Slopes, own: Vector | None = None) -> Vector:
         """The error of an attempt in units of the tolerance: the one read of a step."""
+        atol, rtol = self.tolerances(ahead, own)
         norms = [
-            slopes.error_norm(h, stages, weights, ahead, self.atol, self.rtol, self.norm)
-            for stages, weights in self.pair.errors
+            slopes.error_norm(h, stages, weights, ahead, atol, rtol, self.norm) for stages, weights in self.pair.errors
         ]
         if len(norms) == 1:
             return control.rounded(host(norms[0]))

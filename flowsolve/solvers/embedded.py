@@ -72,7 +72,9 @@ class _ExponentialPair(Adaptive):
         """The weights of the step and of its error estimate, (B, stages)."""
         raise NotImplementedError
 
-    def begin(self, y: Tensor, s: float, s_end: float) -> Generator[Query, Tensor, AdaptiveState]:
+    def begin(
+        self, y: Tensor, s: float, s_end: float, own: Vector | None = None
+    ) -> Generator[Query, Tensor, AdaptiveState]:
         """Ask for the first slope, choose the first step of each sample, and return the state at s."""
         if not (0.0 < s < np.inf and 0.0 < s_end < np.inf):
             raise ValueError(
@@ -80,7 +82,7 @@ class _ExponentialPair(Adaptive):
                 "expected finite numbers > 0. Give an interval that stops short of α = 0 and σ = 0: at the data "
                 "final='sigma_min' or 'denoise' does; at the noise, start= a state at path.time(-6.0), say"
             )
-        return (yield from super().begin(y, s, s_end))
+        return (yield from super().begin(y, s, s_end, own))
 
     def ahead(self, state: AdaptiveState, s_end: float) -> Vector:
         """The times that the next attempt asks about, (m, B)."""
@@ -89,7 +91,7 @@ class _ExponentialPair(Adaptive):
         return np.concatenate((state.s * np.exp(c * np.log(s_next / state.s)), s_next[None]))
 
     def attempt(
-        self, state: AdaptiveState, s_end: float, errors: Vector | None = None
+        self, state: AdaptiveState, s_end: float, errors: Vector | None = None, own: Vector | None = None
     ) -> Generator[Query, Tensor, Attempt]:
         """One attempted step of every sample towards s_end."""
         h, s_next, _ = aim(state.real, s_end, END)
@@ -107,7 +109,7 @@ class _ExponentialPair(Adaptive):
         ahead = slopes.advance(h, stages, carried)
         error = errors
         if error is None:
-            norm = slopes.error_norm(h, stages, estimate, ahead, self.atol, self.rtol, self.norm)
+            norm = slopes.error_norm(h, stages, estimate, ahead, *self.tolerances(ahead, own), self.norm)
             error = host(norm)
         slopes.append((yield Query(ahead, None, nodes, count)))
         return self._judged(state, s_end, h, s_next, slopes, ahead, error)

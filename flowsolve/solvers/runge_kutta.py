@@ -38,6 +38,7 @@ __all__ = [
     "RungeKutta",
     "Stride",
     "ask_stages",
+    "completed",
     "look",
 ]
 
@@ -107,12 +108,19 @@ def look(stride: Stride, rows: NDArray[np.int64] | None, theta: Any) -> Generato
         rows: the samples to look at, in rising order and possibly repeated; None for all.
         theta: one θ for each of them, float64; or a float for all.
     """
+    where = None if rows is None else np.unique(rows, return_inverse=True)[1]
+    slopes, h = yield from completed(stride, rows)
+    if where is not None and len(where) != len(slopes.y):
+        slopes, h = _gathered(partial(take, index=where), slopes.y, slopes.tensors), h[where]
+    return slopes.advance(h, np.arange(len(slopes)), stride.tableau.weights(np.atleast_1d(theta)))
+
+
+def completed(stride: Stride, rows: NDArray[np.int64] | None) -> Generator[Query, Tensor, tuple[Slopes, Vector]]:
+    """The slopes that a step's interpolant needs, the missing ones asked for, and its sizes; of some samples."""
     tableau, y, given, _, s, s_next, h = stride
-    where = None
-    if rows is None:
-        pick = _same
-    else:
-        unique, where = np.unique(rows, return_inverse=True)
+    pick: Callable[[Tensor], Tensor] = _same
+    if rows is not None:
+        unique = np.unique(rows)
         pick = partial(take, index=unique)
         s, s_next, h = s[unique], s_next[unique], h[unique]
     h = np.atleast_1d(h)
@@ -124,9 +132,7 @@ def look(stride: Stride, rows: NDArray[np.int64] | None, theta: Any) -> Generato
         yield from ask_stages(
             tableau, Nodes(np.tile(table, (1, len(slopes.y) // table.shape[1]))), h, slopes, len(slopes)
         )
-    if where is not None and len(where) != len(s):
-        slopes, h = _gathered(partial(take, index=where), slopes.y, slopes.tensors), h[where]
-    return slopes.advance(h, np.arange(len(slopes)), tableau.weights(np.atleast_1d(theta)))
+    return slopes, h
 
 
 def _same(v: Tensor) -> Tensor:

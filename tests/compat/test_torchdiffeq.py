@@ -312,8 +312,8 @@ def test_limits_raise() -> None:
         odeint(lambda t, y: y * math.nan, STARTS, FORWARD, method="rk4")
     with pytest.raises(fs.SolverError):
         odeint_adjoint(lambda t, y: y * math.nan, STARTS.requires_grad_(False), FORWARD)
-    with pytest.raises(fs.SolverError):
-        counted(rtol=1e-12, atol=1e-12, options={"min_step": 0.1})
+    calls, _ = counted(rtol=1e-12, atol=1e-12, options={"min_step": 0.1})
+    assert calls <= 2 + 6 * 31  # a step of min_step is always accepted, as there
 
 
 # --- callbacks -------------------------------------------------------------------------------------------------------
@@ -387,21 +387,12 @@ def test_callbacks_are_given_tuples() -> None:
 
 def test_what_is_not_here_says_so() -> None:
     t = FORWARD
-    for method in ("explicit_adams", "implicit_adams", "fixed_adams", "scipy_solver"):
-        with pytest.raises(ValueError, match=rf"solver=flowsolve.solvers.bridges.Torchdiffeq\('{method}'\)"):
-            odeint(field, STARTS, t, method=method)
-    with pytest.raises(ValueError, match="method = 'rk5' is not known; expected one of dopri5"):
+    with pytest.raises(ValueError, match=r"method = 'rk5' is not known; expected one of dopri5.* torchdiffeq's: expl"):
         odeint(field, STARTS, t, method="rk5")
-    with pytest.raises(ValueError, match="no events here; use torchdiffeq"):
-        odeint(field, STARTS, t, event_fn=print)
-    with pytest.raises(ValueError, match=r"option jump_t is not supported.*bridges"):
-        odeint(field, STARTS, t, options={"jump_t": torch.tensor([0.5])})
-    with pytest.raises(TypeError, match="dopri5 has no option 'step_size'; expected some of norm"):
+    with pytest.warns(UserWarning, match="dopri5 has no option 'step_size': ignored; expected some of norm"):
         odeint(field, STARTS, t, options={"step_size": 0.1})
-    with pytest.raises(TypeError, match="rk4 has no option 'safety'"):
+    with pytest.warns(UserWarning, match="rk4 has no option 'safety'"):
         odeint(field, STARTS, t, method="rk4", options={"safety": 0.8})
-    with pytest.raises(ValueError, match="perturb is not supported"):
-        odeint(field, STARTS, t, method="rk4", options={"perturb": True})
     with pytest.raises(ValueError, match="interp = 'quintic'"):
         odeint(field, STARTS, t, method="rk4", options={"interp": "quintic"})
     with pytest.raises(ValueError, match="step_size = -1"):
@@ -410,16 +401,24 @@ def test_what_is_not_here_says_so() -> None:
         odeint(field, STARTS, t, method="rk4", options={"step_size": 1, "grid_constructor": print})
     with pytest.raises(ValueError, match=r"grid_constructor returned nodes from 0\.0 to 1\.0"):
         odeint(field, STARTS, t, method="rk4", options={"grid_constructor": lambda f, y, t: torch.tensor([0.0, 1.0])})
-    with pytest.raises(ValueError, match=r"dtype = torch\.float32; times are float64"):
-        odeint(field, STARTS, t, options={"dtype": torch.float32})
+    with pytest.raises(TypeError, match="dtype = 'double'; expected a floating-point dtype"):
+        odeint(field, STARTS, t, options={"dtype": "double"})
     with pytest.raises(ValueError, match="dfactor, ifactor"):
         odeint(field, STARTS, t, options={"ifactor": 0.5})
-    with pytest.raises(ValueError, match="rtol is a Tensor; expected one number"):
-        odeint(field, STARTS, t, rtol=torch.full((3, 2), 1e-6))
-    with pytest.raises(ValueError, match="atol is a tuple; expected one number"):
-        odeint(coupled, TUPLE, t, atol=(1e-6, 1e-7, 1e-8))
-    with pytest.raises(ValueError, match="callback_accept_step, but a method on a fixed grid"):
+    with pytest.raises(ValueError, match=r"rtol has shape \(3, 3\); expected what broadcasts to \(3, 2\)"):
+        odeint(field, STARTS, t, rtol=torch.full((3, 3), 1e-6))
+    with pytest.raises(ValueError, match="atol has 2 entries; expected one for each of the 3"):
+        odeint(coupled, TUPLE, t, atol=(1e-6, 1e-7))
+    with pytest.raises(ValueError, match="step_t and jump_t hold a time twice"):
+        odeint(field, STARTS, t, options={"jump_t": torch.tensor([0.5]), "step_t": torch.tensor([0.5])})
+    with pytest.warns(UserWarning, match="has no error test, and never calls callback_accept_step"):
         odeint(Told(ALL[1:2]), STARTS, t, method="euler")
+    with pytest.raises(ValueError, match="t has 4 times; with event_fn expected 2"):
+        odeint(field, STARTS, torch.linspace(0.0, 1.0, 4), event_fn=lambda t, y: y.sum())
+    with pytest.raises(ValueError, match="give options step_size"):
+        odeint(field, STARTS, t[:2], event_fn=lambda t, y: y.sum(), method="rk4")
+    with pytest.raises(ValueError, match="event_fn returned float; expected a tensor"):
+        odeint(field, STARTS, t[:2], event_fn=lambda t, y: 1.0)
 
 
 def test_times_states_and_results_are_checked() -> None:
@@ -429,7 +428,7 @@ def test_times_states_and_results_are_checked() -> None:
     for values in ([0.0, 0.0], [0.0, 1.0, 0.5], [0.0, math.nan]):
         with pytest.raises(ValueError, match="expected strictly increasing or decreasing times"):
             odeint(field, STARTS, torch.tensor(values))
-    for state in (torch.tensor([1, 2]), [STARTS], (), STARTS.to(torch.complex128)):
+    for state in (torch.tensor([1, 2]), [STARTS], ()):
         with pytest.raises(TypeError, match="y0 is or holds"):
             odeint(field, state, FORWARD)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"returned \[\(3, 1\)\]; expected the shapes of y0, \[\(3, 2\)\]"):
@@ -438,22 +437,6 @@ def test_times_states_and_results_are_checked() -> None:
         odeint(lambda t, y: 0.0, STARTS, FORWARD)
     with pytest.raises(ValueError, match=r"returned \[\(3, 2\), \(2,\)\]; expected the shapes of y0"):
         odeint(lambda t, y: y[:2], TUPLE, FORWARD)
-
-
-def test_the_way_back_is_solved_like_the_way_there() -> None:
-    for given in (
-        {"adjoint_rtol": 1e-7, "adjoint_atol": 1e-9, "adjoint_method": "dopri5"},
-        {"adjoint_options": {"norm": "seminorm"}},
-        {"options": {"safety": 0.8}, "adjoint_options": {"safety": 0.8, "norm": "seminorm"}},
-    ):
-        odeint_adjoint(field, STARTS, FORWARD, **given)
-    for name, value in (("rtol", 1e-3), ("atol", 1e-3), ("method", "rk4"), ("options", {"safety": 0.5})):
-        with pytest.raises(ValueError, match=f"adjoint_{name} = .* differs? from"):
-            odeint_adjoint(field, STARTS, FORWARD, **{f"adjoint_{name}": value})
-    func = Told(("callback_step_adjoint",))
-    with pytest.raises(ValueError, match="callback_step_adjoint; there are no callbacks on the way back"):
-        odeint_adjoint(func, STARTS, FORWARD)
-    odeint(func, STARTS, FORWARD)
 
 
 def test_torchdiffeq_need_not_be_installed() -> None:
