@@ -144,7 +144,7 @@ def test_a_loaded_network_is_asked_and_read_as_by_its_pipeline(row: Row, tmp_pat
     net = alive(kind(**row.options)).eval()
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     flow = adapters.load(saved(tmp_path / "net", "transformer", net, scheduler, row.pipeline))
-    assert MODELS[row.name].part == "transformer"
+    assert MODELS[row.name].part == ("transformer",)
     x, cond = normal(*row.shape, seed=2), row.cond()
     given = {k: fs.shared(v) if isinstance(v, list) else v for k, v in cond.items()}
     outputs = []

@@ -32,9 +32,14 @@ __all__ = ["DECLARES", "NAMES", "load", "recognise"]
 
 NAMES = ("diffusers",)
 DECLARES = ("scheduler", "distilled", "variant")
-PARTS = ("unet", "transformer")
+PARTS = ("unet", "transformer", "prior", "decoder")
 SCALE = 0.18215
 """The scaling_factor of an AutoencoderKL whose configuration is older than that entry, as its class has it."""
+UNSHIFTED = (
+    "a {} is told the noise level before the shift of its pipeline, which depends on the size of the image, so that no "
+    "configuration states its clock. Open it as a pipeline and use flowsolve.adapters.diffusers.capture(pipe, prompt, "
+    "height=..., width=...), or declare time= for one size"
+)
 TRANSFORMS = {"digits": digits.TRANSFORM}
 """Data sets of `flowsolve train` whose records may lack their number of levels."""
 MOST_LEVELS = 2**16
@@ -185,6 +190,8 @@ def _finding(
         refusal = f"its name says {', '.join(marks)}: {JUMPS}. If the name misleads, declare distilled=False"
     elif name == "FluxTransformer2DModel" and not config.get("guidance_embeds") and said.get("distilled") is not False:
         refusal = f"FLUX without guidance_embeds is the schnell model: {JUMPS}. If not, declare distilled=False"
+    elif name in MODELS and MODELS[str(name)].unshifted and "time" not in said:
+        refusal = UNSHIFTED.format(name)
     elif wrong := contradicted(str(name), config, told):
         refusal = wrong
     elif scheduler is not None:
