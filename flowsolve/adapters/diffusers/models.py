@@ -21,9 +21,28 @@ through `cond=` under the network's own names:
 | `WanTransformer3DModel` | latent (B, C, F, H, W) | `encoder_hidden_states` |
 | `HunyuanVideoTransformer3DModel` | latent (B, C, F, H, W) | `encoder_hidden_states`, `encoder_attention_mask`, `pooled_projections`, `guidance` |
 | `LTXVideoTransformer3DModel` | packed latent (B, L, C) | `encoder_hidden_states`, `encoder_attention_mask`, `num_frames`, `height`, `width` |
+| `LuminaNextDiT2DModel` | latent (B, C, H, W) | `encoder_hidden_states`, `encoder_mask`, `image_rotary_emb`, `cross_attention_kwargs` |
+| `ZImageTransformer2DModel` | latent (B, C, H, W) | `cap_feats` (B, L, D) |
+| `HiDreamImageTransformer2DModel` | latent (B, C, H, W) | `encoder_hidden_states_t5`, `encoder_hidden_states_llama3` (B, layers, L, D), `pooled_embeds` |
+| `HunyuanDiT2DModel` | latent (B, C, H, W) | `encoder_hidden_states`, `text_embedding_mask`, the same with `_t5`, `image_rotary_emb`, … |
+| `CogView3PlusTransformer2DModel` | latent (B, C, H, W) | `encoder_hidden_states`, `original_size`, `target_size`, `crop_coords` |
+| `CogVideoXTransformer3DModel` | latent (B, F, C, H, W) | `encoder_hidden_states`, `image_rotary_emb`; from a picture `image_latents` |
+| `MochiTransformer3DModel` | latent (B, C, F, H, W) | `encoder_hidden_states`, `encoder_attention_mask` |
+| `LatteTransformer3DModel` | latent (B, C, F, H, W) | `encoder_hidden_states`, `enable_temporal_attentions` |
+| `AllegroTransformer3DModel` | latent (B, C, F, H, W) | `encoder_hidden_states`, `encoder_attention_mask`, `image_rotary_emb` |
+| `SkyReelsV2Transformer3DModel`, `SanaVideoTransformer3DModel` | latent (B, C, F, H, W) | as Wan, Sana |
+| `OvisImageTransformer2DModel`, `LongCatImageTransformer2DModel`, `BriaTransformer2DModel` | packed latent (B, L, 4C) | as Flux, without pooled text |
+| `Kandinsky5Transformer3DModel` | latent (B, F, H, W, C) | `encoder_hidden_states`, `pooled_projections`, `visual_rope_pos`, `text_rope_pos`, `scale_factor` |
+| `Kandinsky3UNet`, `UNet3DConditionModel` | latent (B, C, [F,] H, W) | `encoder_hidden_states`, `encoder_attention_mask` |
+| `PriorTransformer` | embedding (B, D) | `proj_embedding`, `encoder_hidden_states`, `attention_mask` |
+| `UNetSpatioTemporalConditionModel` | latent (B, F, C, H, W) | `encoder_hidden_states`, `added_time_ids`, `image_latents` |
+| `StableAudioDiTModel` | latent (B, C, L) | `encoder_hidden_states`, `global_hidden_states`, `rotary_embedding` |
+| `StableCascadeUNet` | latent (B, C, H, W) | `clip_text_pooled`, `clip_text`, `clip_img`, or `effnet` |
+| `CogView4Transformer2DModel`, `GlmImageTransformer2DModel` | latent (B, C, H, W) | refused, but for a declared `time=`: their clock depends on the size |
 
-Lumina 2 reads 1 − σ and returns the velocity towards the data; the others of these read σ, times 1000 or not, and return
-that towards the noise. What packs an image or a film into L tokens is the pipeline's business.
+Lumina 1 and 2 and Z-Image read 1 − σ and return the velocity towards the data, which HiDream does too; the other flows
+read σ, times 1000 or not, and return that towards the noise. What is no tensor of samples (rotary embeddings, sizes) is
+given with `fs.shared`. What packs an image or a film into L tokens is the pipeline's business.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -113,6 +132,11 @@ MODELS = {
         PLAIN, sign=-1.0, time="timesteps", layered=("encoder_hidden_states_llama3",)
     ),
     "WanTransformer3DModel": replace(PLAIN, beside="condition"),
+    "SkyReelsV2Transformer3DModel": PLAIN,
+    "SanaVideoTransformer3DModel": PLAIN,
+    "OvisImageTransformer2DModel": THOUSANDTH,
+    "LongCatImageTransformer2DModel": THOUSANDTH,
+    "BriaTransformer2DModel": PLAIN,
     "HunyuanVideoTransformer3DModel": PLAIN,
     "LTXVideoTransformer3DModel": PLAIN,
     "MochiTransformer3DModel": PLAIN,
@@ -159,14 +183,19 @@ class Network(nn.Module):
             given.update({name: list(given[name]) for name in model.listed})
         output = self.network(**{model.x: state, model.time: time}, **given, return_dict=False)[0]
         output = torch.stack(list(output)).squeeze(2) if model.listed else output
+        if output.ndim < x.ndim and output.numel() == x.numel():  # a film of one frame comes back as a picture
+            output = output.reshape(x.shape)
         output = first_half(output, x)
-        return output if model.sign == 1.0 else model.sign * output  # type: ignore[no-any-return]
+        return output if model.sign == 1.0 else model.sign * output
 
 
 def wrap(model: nn.Module) -> nn.Module:
     """A diffusers model as `Flow` calls it; a module of an unknown class is called like a UNet."""
     known = MODELS.get(type(model).__name__)
-    return UNet(model) if known is None else Network(model, known)
+    if known is None:
+        return UNet(model)
+    made = Network(model, known)
+    return UNet(model) if known.part == UNETS and not (made.wide or made.empty) else made
 
 
 def check_channels(name: str, config: Mapping[str, Any]) -> str | None:
