@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["conditions", "guided", "hinted"]
+__all__ = ["conditions", "guided", "hinted", "prompted"]
 
 LABELS = "class_labels"
 """The keyword of diffusers' networks with classes."""
 
 ADVICE = (
-    "On the command line --class gives class labels and --cond FILE.npz any keyword arguments; prompts need the "
-    "pipeline's text encoders: flowsolve.adapters.diffusers.capture(pipe, prompt) in Python"
+    "On the command line --prompt TEXT asks the directory's own pipeline, with its text encoders, --class gives class "
+    "labels and --cond FILE.npz any keyword arguments"
 )
 
 
@@ -96,6 +96,37 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _plain(part) for name, part in value.items()}
     return value.item() if value.ndim == 0 and not value.is_floating_point() else value
+
+
+def prompted(
+    source: str, texts: list[str], negative: str | None, scale: float | None, shape: Any, n: int, flow: Any
+) -> tuple[Any, dict[str, Any], Any]:
+    """The flow, guided where a scale is given; the conditions of n samples; the shape of a sample.
+
+    Args:
+        source: the pipeline's directory.
+        texts: prompts; sample i has the (i mod their number)-th.
+        negative: what guidance leads away from; None for the empty text.
+        scale: the guidance scale; None for none.
+        shape: of a sample, or None.
+        n: how many samples.
+        flow: the flow.
+
+    Raises:
+        ValueError: a source that is no pipeline with a prompt, or a negative prompt without guidance.
+    """
+    from pathlib import Path
+
+    from flowsolve.adapters.diffusers.prompting import of_prompts, rows
+    from flowsolve.guidance import ClassifierFree
+
+    if negative is not None and scale is None:
+        raise ValueError("--negative-prompt goes with --guidance, the scale")
+    against = [] if scale is None else [negative or ""]
+    conds, event = of_prompts(Path(source), [*texts, *against], shape)
+    if scale is not None:
+        flow = ClassifierFree(flow, scale, unconditional=conds.pop())
+    return flow, rows(conds, n), event
 
 
 def guided(flow: Any, scale: float | None, null: int | None, cond: dict[str, Any]) -> Any:
