@@ -39,6 +39,7 @@ portability: $(VENV)/.dev ## the tests as other CPUs round: without vectors, wit
 	    $(BIN)/python -m pytest -q -n $(JOBS); \
 	done
 
+# Tests beside classes that came later, or whose options did, fail with the oldest unless they skip.
 # Beside .venv, whose packages they see, but for diffusers and what it needs of its own age. Pins of .venv do not hold.
 OLDEST := $(VENV)-diffusers-oldest
 NEWEST := $(VENV)-diffusers-newest
