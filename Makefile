@@ -18,10 +18,10 @@ export NO_MKDOCS_2_WARNING := 1
 # The first interpreter that runs and is new enough (a pyenv shim may exist without running).
 CANDIDATES := $(or $(PYTHON),python3.11 python3 python3.12 python3.13)
 
-.PHONY: help demo test slow portability lint format docs build clean clean-venv
+.PHONY: help demo test slow portability diffusers-oldest diffusers-newest lint format docs build clean clean-venv
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo ## install what the demo needs and run it
 	@$(BIN)/flowsolve demo
@@ -38,6 +38,25 @@ portability: $(VENV)/.dev ## the tests as other CPUs round: without vectors, wit
 	  ATEN_CPU_CAPABILITY=$$1 ONEDNN_MAX_CPU_ISA=$$2 FLOWSOLVE_TEST_THREADS=$$3 OMP_NUM_THREADS=$$3 \
 	    $(BIN)/python -m pytest -q -n $(JOBS); \
 	done
+
+# Tests beside classes that came later, or whose options did, fail with the oldest unless they skip.
+# Beside .venv, whose packages they see, but for diffusers and what it needs of its own age. Pins of .venv do not hold.
+OLDEST := $(VENV)-diffusers-oldest
+NEWEST := $(VENV)-diffusers-newest
+AGED := 'diffusers==0.30.0' 'transformers==4.44.2' 'tokenizers<0.20' 'huggingface-hub<0.26' 'accelerate==0.33.0'
+LAYER = $(BIN)/python -m venv $(1) && $(BIN)/python -c "import sysconfig, pathlib; \
+	pathlib.Path('$(1)/lib', 'python' + sysconfig.get_python_version(), 'site-packages', 'below.pth').write_text( \
+	sysconfig.get_path('purelib') + '\n')" && PIP_CONSTRAINT= $(1)/bin/python -m pip install -qq --no-deps $(2)
+WITH = OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) $(1)/bin/python -m pytest -q -n $(JOBS) tests/adapters tests/cli/test_conditions.py
+
+diffusers-oldest: $(VENV)/.dev ## the adapters' tests with the oldest diffusers that pyproject.toml allows
+	@test -f $(OLDEST)/.done || { $(call LAYER,$(OLDEST),$(AGED)) && touch $(OLDEST)/.done; }
+	@$(call WITH,$(OLDEST))
+
+diffusers-newest: $(VENV)/.dev ## the adapters' tests with the newest diffusers that there is
+	@test -d $(NEWEST) || { $(call LAYER,$(NEWEST),diffusers); }
+	@PIP_CONSTRAINT= $(NEWEST)/bin/python -m pip install -qq --no-deps --upgrade diffusers
+	@$(call WITH,$(NEWEST))
 
 lint: $(VENV)/.dev ## style, format, types and the direction of imports
 	@$(BIN)/ruff check --quiet --output-format concise
@@ -62,7 +81,7 @@ clean: ## remove what the targets wrote, but not .venv
 	@find flowsolve tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-venv: clean ## remove .venv too
-	@rm -rf $(VENV)
+	@rm -rf $(VENV) $(VENV)-diffusers-*
 
 $(BIN)/python:
 	@for p in $(CANDIDATES); do \

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flowsolve.cli._conditions import conditions, guided, hinted
+from flowsolve.cli._conditions import conditions, guided, hinted, prompted
 from flowsolve.cli._running import Declare, Format, TrustPickle, command, evaluations, one_line, opened
 from flowsolve.cli._terminal import say
 
@@ -28,11 +28,17 @@ def sample(
     classes: Annotated[
         str | None, typer.Option("--class", help="Class label of the samples, or several in turn, as in 0,1,2.")
     ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="What the directory's pipeline is to draw; several in turn if repeated.")
+    ] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="What guidance leads away from; by default the empty text.")
+    ] = None,
     cond: Annotated[
         str | None, typer.Option(help="The network's keyword arguments: .npz; arrays with N rows have one a sample.")
     ] = None,
     guidance: Annotated[
-        float | None, typer.Option(help="Classifier-free guidance scale, with --class and --null-class.")
+        float | None, typer.Option(help="Classifier-free guidance scale, with --prompt, or --class and --null-class.")
     ] = None,
     null_class: Annotated[int | None, typer.Option(help="The label that stands for no class.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Samples of a batch: what a kill can cost.")] = 64,
@@ -62,7 +68,7 @@ def sample(
     """Draw samples; stopped at any point, the same command goes on. torchrun shares it."""
     given = {k: v for k, v in locals().items() if k not in ("source", "out", "progress", "resume")}
     given["class"] = given.pop("classes")
-    with one_line("sample", out), hinted(classes is not None or cond is not None):
+    with one_line("sample", out), hinted(any(v is not None for v in (classes, cond, prompt))):
         from flowsolve.grids.names import grid as grid_of
         from flowsolve.runs import invert as carry
         from flowsolve.runs import sample as draw
@@ -73,7 +79,14 @@ def sample(
         event = None if shape is None else _numbers(shape)
         flow, place = opened(source, device, format, declare, trust_pickle)
         conditioned = conditions(n, classes, cond)
-        flow = guided(flow, guidance, null_class, conditioned)
+        if prompt:
+            if conditioned or null_class is not None:
+                raise ValueError("--prompt goes without --class, --null-class and --cond; give one kind")
+            flow, conditioned, event = prompted(source, prompt, negative_prompt, guidance, event, n, flow)
+        elif negative_prompt is not None:
+            raise ValueError("--negative-prompt goes with --prompt and --guidance")
+        else:
+            flow = guided(flow, guidance, null_class, conditioned)
         if conditioned:
             options["cond"] = conditioned
         notes = {"command": command("sample", (source,), given)}

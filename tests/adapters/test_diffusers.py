@@ -192,8 +192,8 @@ def test_broken_json(checkpoint: Path, text: str, message: str) -> None:
 
 
 def test_a_scheduler_object_of_another_kind() -> None:
-    with pytest.raises(ValueError, match="DDPMWuerstchenScheduler is not supported"):
-        as_flow(unet(), diffusers.DDPMWuerstchenScheduler())
+    with pytest.raises(ValueError, match="VQDiffusionScheduler is not supported"):
+        as_flow(unet(), diffusers.VQDiffusionScheduler(8))
 
 
 def test_diffusers_missing(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 import flowsolve as fs
 from flowsolve import adapters
 from flowsolve.adapters.diffusers.models import MODELS
+from tests.adapters.families import FAMILIES
 from tests.adapters.pipelines import alive
 from tests.adapters.test_models import saved
 
@@ -144,7 +145,7 @@ def test_a_loaded_network_is_asked_and_read_as_by_its_pipeline(row: Row, tmp_pat
     net = alive(kind(**row.options)).eval()
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     flow = adapters.load(saved(tmp_path / "net", "transformer", net, scheduler, row.pipeline))
-    assert MODELS[row.name].part == "transformer"
+    assert MODELS[row.name].part == ("transformer",)
     x, cond = normal(*row.shape, seed=2), row.cond()
     given = {k: fs.shared(v) if isinstance(v, list) else v for k, v in cond.items()}
     outputs = []
@@ -163,9 +164,56 @@ def test_a_loaded_network_is_asked_and_read_as_by_its_pipeline(row: Row, tmp_pat
     assert sol.ok.all()
 
 
+UNTRIED = {"GlmImageTransformer2DModel", "LongCatImageTransformer2DModel", "UNet3DConditionModel"}
+"""Networks whose pipelines need a text encoder to be run: rows by reading them alone."""
+
+
 def test_the_documented_families_are_tested() -> None:
     earlier = {
         "UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel", "PixArtTransformer2DModel",
-        "SD3Transformer2DModel", "FluxTransformer2DModel",
+        "SD3Transformer2DModel", "FluxTransformer2DModel", "PriorTransformer", "StableCascadeUNet",
     }  # fmt: skip
-    assert {row.name for row in ROWS} | earlier == set(MODELS)
+    also = {f.net for f in FAMILIES}
+    assert {row.name for row in ROWS} | earlier | also | UNTRIED == set(MODELS)
+
+
+def test_stable_cascade(tmp_path: Path) -> None:
+    """The prior's network at the time of its own scheduler, whose update its own ε gives too."""
+    torch.manual_seed(0)
+    net = alive(diffusers.StableCascadeUNet(
+        in_channels=4, out_channels=4, timestep_ratio_embedding_dim=8, conditioning_dim=16, block_out_channels=(16, 16),
+        num_attention_heads=(2, 2), down_num_layers_per_block=(1, 1), up_num_layers_per_block=(1, 1),
+        clip_image_in_channels=8, clip_text_in_channels=8, clip_text_pooled_in_channels=8, dropout=(0.0, 0.0),
+    ))  # fmt: skip
+    scheduler = diffusers.DDPMWuerstchenScheduler()
+    flow = adapters.load(saved(tmp_path / "net", "prior", net, scheduler, "StableCascadePriorPipeline"))
+    cond = {
+        "clip_text_pooled": normal(2, 1, 8), "clip_text": normal(2, 5, 8), "clip_img": normal(2, 1, 8),
+    }  # fmt: skip
+    x = normal(2, 4, 8, 8, seed=2)
+    for k in (0.9, 0.4, 0.05):
+        t = flow.path.time_from_native(k)
+        with torch.no_grad():
+            eps = net(sample=x, timestep_ratio=torch.full((2,), k), return_dict=False, **cond)[0]
+            found = flow.estimate(x, t, **cond)
+        a = float(scheduler._alpha_cumprod(torch.tensor(k), torch.device("cpu")))
+        assert flow.path.alpha(t) ** 2 == pytest.approx(a, rel=1e-5)
+        torch.testing.assert_close(found.noise, eps, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(found.data, (x - (1 - a) ** 0.5 * eps) / a**0.5, rtol=1e-3, atol=1e-3 / a**0.5)
+
+
+def test_an_unclip_prior(tmp_path: Path) -> None:
+    """Kandinsky 2.2's prior makes an embedding: what it returns is the data."""
+    torch.manual_seed(0)
+    net = alive(diffusers.PriorTransformer(
+        num_attention_heads=2, attention_head_dim=6, embedding_dim=12, num_layers=1, num_embeddings=5,
+    ))  # fmt: skip
+    scheduler = diffusers.UnCLIPScheduler(prediction_type="sample", num_train_timesteps=1000)
+    flow = adapters.load(saved(tmp_path / "net", "prior", net, scheduler, "KandinskyV22PriorPipeline"))
+    cond = {"proj_embedding": normal(2, 12), "encoder_hidden_states": normal(2, 5, 12)}
+    x = normal(2, 12, seed=2)
+    for k in (900, 300):
+        with torch.no_grad():
+            expected = net(x, timestep=k, return_dict=False, **cond)[0]
+            found = flow.estimate(x, flow.path.time_from_native(float(k)), **cond).data
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

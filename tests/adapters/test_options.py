@@ -35,10 +35,10 @@ CHANGED: dict[str, Any] = {
     "interpolation_type": "log_linear", "timestep_type": "continuous", "noise_sampler_seed": 1, "shift": 3.0,
     "base_shift": 0.1, "max_shift": 2.0, "base_image_seq_len": 64, "max_image_seq_len": 128, "invert_sigmas": True,
     "stochastic_sampling": True, "s_noise": 0.5, "sigma_data": 2.0, "sigma_schedule": "exponential", "rho": 3.0,
-    "snr": 0.3, "sampling_eps": 0.01, "correct_steps": 2, "beta_min": 0.2, "beta_max": 10.0,
+    "snr": 0.3, "sampling_eps": 0.01, "correct_steps": 2, "scaler": 2.0, "s": 0.02, "beta_min": 0.2, "beta_max": 10.0,
 }  # fmt: skip
 """For each option a value that is not the default of the classes that have it, or of most of them."""
-NAMES = [n for n in SUPPORTED if n != "ScoreSdeVpScheduler"]  # whose network's time is not stated: always refused
+NAMES = [n for n in SUPPORTED if n not in ("ScoreSdeVpScheduler", "DDPMWuerstchenScheduler")]  # refused in pipelines
 
 
 @cache

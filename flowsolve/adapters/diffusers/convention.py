@@ -23,6 +23,8 @@ chooses the noise levels of sampling: a network reads the level itself, and it d
 `sigma_schedule` says how σ runs between its ends: `karras` is the path `EDM` with its `rho`, `exponential` is `VE`.
 (`flowsolve.adapters.networks` has the row of $F$.)
 
+**Stable Cascade** (`DDPMWuerstchen`) is the continuous cosine schedule, `Cosine`, with noise at its own time.
+
 **score_sde** ports: `ScoreSdeVe` is `VE` with the score at time σ. **DanceDiffusion** (`IPNDM`) is `Trig` with a v at
 time $1 - t$.
 """
@@ -38,7 +40,7 @@ from flowsolve.adapters.diffusers.options import foreign, options_of, parameters
 from flowsolve.adapters.diffusers.tables import alphas_cumprod, table_size
 from flowsolve.adapters.networks import Preconditioned, Preconditioning, preconditioned
 from flowsolve.flow import Flow
-from flowsolve.paths import EDM, VE, VP, CondOT, Discrete, Path, Trig
+from flowsolve.paths import EDM, VE, VP, CondOT, Cosine, Discrete, Path, Trig
 from flowsolve.predictions import FLOW, PREDICTIONS, Prediction
 
 __all__ = [
@@ -88,7 +90,7 @@ TABLE_SCHEDULERS = (
     *EULERS,
 )
 EDM_SCHEDULERS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "CosineDPMSolverMultistepScheduler")
-OTHER_SCHEDULERS = ("ScoreSdeVeScheduler", "ScoreSdeVpScheduler", "IPNDMScheduler")
+OTHER_SCHEDULERS = ("ScoreSdeVeScheduler", "ScoreSdeVpScheduler", "IPNDMScheduler", "DDPMWuerstchenScheduler")
 SUPPORTED = (*TABLE_SCHEDULERS, *FLOW_SCHEDULERS, *EDM_SCHEDULERS, *OTHER_SCHEDULERS)
 DISTILLED = (
     "CMStochasticIterativeScheduler",
@@ -257,6 +259,10 @@ def convention(config: Mapping[str, Any]) -> Convention:
             time=None,
             clock="not stated",
         )
+    if name == "DDPMWuerstchenScheduler":
+        if float(config["scaler"]) != 1.0:
+            raise ValueError(f"{name} with scaler = {config['scaler']} is not supported; expected 1")
+        return Convention(Cosine(float(config["s"])), PREDICTIONS["noise"], clock="the cosine schedule's, 0 to 1")
     if name == "IPNDMScheduler":
         if config.get("trained_betas") is not None:
             raise ValueError(f"{name} with trained_betas is not supported; expected None")

@@ -32,9 +32,14 @@ __all__ = ["DECLARES", "NAMES", "load", "recognise"]
 
 NAMES = ("diffusers",)
 DECLARES = ("scheduler", "distilled", "variant")
-PARTS = ("unet", "transformer")
+PARTS = ("unet", "transformer", "prior", "decoder")
 SCALE = 0.18215
 """The scaling_factor of an AutoencoderKL whose configuration is older than that entry, as its class has it."""
+UNSHIFTED = (
+    "a {} is told the noise level before the shift of its pipeline, which depends on the size of the image, so that no "
+    "configuration states its clock. Open it as a pipeline and use flowsolve.adapters.diffusers.capture(pipe, prompt, "
+    "height=..., width=...), or declare time= for one size"
+)
 TRANSFORMS = {"digits": digits.TRANSFORM}
 """Data sets of `flowsolve train` whose records may lack their number of levels."""
 MOST_LEVELS = 2**16
@@ -98,7 +103,10 @@ def _directory(root: Path, said: Mapping[str, Any]) -> Finding:
     scheduler = read_json(saved) if saved.is_file() else None
     evidence = [f"{part}/config.json: {config.get('_class_name')}"]
     if index:
-        evidence.insert(0, f"model_index.json: {index.get('_class_name')}")
+        evidence.insert(0, f"model_index.json: {_named(index.get('_class_name'))}")
+    library = (index.get(part) or [None])[0] if isinstance(index.get(part), list) else None
+    if library not in (None, "diffusers"):
+        evidence.append(f"{part}: a class of the module {library}, taken to be that of diffusers by its name")
     vae = read_json(root / "vae/config.json") if (root / "vae/config.json").is_file() else None
     names = [str(c.get("_name_or_path", "")) for c in (index, config, scheduler or {})]
     names += [root.name, *(p.name for p in root.parents if p.name.startswith("models--"))]  # the hub's cache
@@ -107,8 +115,20 @@ def _directory(root: Path, said: Mapping[str, Any]) -> Finding:
     finding = _finding(str(root), root / part, config, scheduler, said, [*evidence, *more_evidence], vae, names)
     if recorded is not None and vae is None:
         finding = replace(finding, transform=recorded)
-    pipeline, named = str(index.get("_class_name")), [k for k, v in index.items() if not isinstance(v, list) or any(v)]
+    if index.get("is_distilled") and finding.refusal is None and said.get("distilled") is not False:
+        finding = replace(
+            finding, refusal=f"its model_index.json says is_distilled: {JUMPS}. If not, declare distilled=False"
+        )
+    pipeline, named = (
+        _named(index.get("_class_name")),
+        [k for k, v in index.items() if not isinstance(v, list) or any(v)],
+    )
     return _judged(finding, pipeline, more, accompanied(pipeline, named, part))
+
+
+def _named(kind: Any) -> str:
+    """A pipeline's class, which a checkpoint with code of its own names as [module, class]."""
+    return str(kind[-1]) if isinstance(kind, list) and kind else str(kind)
 
 
 def _judged(finding: Finding, pipeline: str, more: list[str], also: str | None) -> Finding:
@@ -185,6 +205,8 @@ def _finding(
         refusal = f"its name says {', '.join(marks)}: {JUMPS}. If the name misleads, declare distilled=False"
     elif name == "FluxTransformer2DModel" and not config.get("guidance_embeds") and said.get("distilled") is not False:
         refusal = f"FLUX without guidance_embeds is the schnell model: {JUMPS}. If not, declare distilled=False"
+    elif name in MODELS and MODELS[str(name)].unshifted and "time" not in said:
+        refusal = UNSHIFTED.format(name)
     elif wrong := contradicted(str(name), config, told):
         refusal = wrong
     elif scheduler is not None:

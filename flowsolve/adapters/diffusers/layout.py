@@ -32,7 +32,7 @@ from flowsolve.noise import Noise
 from flowsolve.passage import to_the_end
 from flowsolve.paths import Point
 from flowsolve.planning import span, within
-from flowsolve.solvers import auto
+from flowsolve.solvers import Auto, UniPC, auto
 from flowsolve.solvers.base import Query, Solver, State, Stepper, run
 
 __all__ = ["OWN", "Plan", "lay"]
@@ -124,6 +124,9 @@ def lay(
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"num_inference_steps = {steps!r}; expected an integer >= 1")
     method, chosen = auto.resolve(solver, grid, path, steps)
+    counted = sigmas is not None and (even(sigmas) or linear_quadratic(sigmas))
+    if isinstance(solver, Auto) and (timesteps is not None or (sigmas is not None and not counted)):
+        method, by_name = UniPC(2), True  # auto's orders are for its own nodes, whose steps grow evenly
     ruler = None if chart is None else charts.resolve(chart)
     spacing = None if chosen is None else grids.resolve(chosen)
     if spacing is None and by_name:
@@ -132,7 +135,7 @@ def lay(
     closes = method.evaluations > 1  # whether the last step is left to a closing evaluation, where it may be
     if timesteps is not None:
         begins, end = nodes.from_timesteps(laid, timesteps)
-    elif sigmas is not None and (spacing is None or not even(sigmas)):
+    elif sigmas is not None and (spacing is None or not counted):
         begins, end = nodes.from_sigmas(laid, sigmas, mu)
     elif spacing is None:
         begins, end = nodes.own(laid, steps, mu)
@@ -159,6 +162,24 @@ def even(sigmas: Sequence[float]) -> bool:
     """Whether noise fractions are N even ones from 1 to 1/N: how flow pipelines say "N steps"."""
     n = len(sigmas)
     return all(abs(float(v) - (1.0 - i / n)) < 1e-6 for i, v in enumerate(sigmas))
+
+
+def linear_quadratic(sigmas: Sequence[float]) -> bool:
+    """Whether they are the levels of Mochi's pipeline, which takes none from its caller, so that they say "N steps".
+
+    Half of the steps are even ones from 1 to 1 - c, c = 0.025 (given as c rises from 0 where levels are inverted); the
+    levels of the others are quadratic in their number, from there to 0 with an equal slope.
+    """
+    n, values = len(sigmas), [float(v) for v in sigmas]
+    half, c = n // 2, 0.025
+    if half < 1:
+        return False
+    rest = n - half
+    curve = (half - c * n) / (half * rest**2)
+    slope = c / half - 2.0 * (half - c * n) / rest**2
+    least = curve * half**2
+    known = [1.0 - (i * c / half if i < half else curve * i**2 + slope * i + least) for i in range(n)]
+    return all(abs(v - w) < 1e-6 for v, w in zip(values, known, strict=True))
 
 
 def _spaced(

@@ -118,6 +118,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ScoreSdeVeScheduler": dict(
         num_train_timesteps=2000, snr=0.15, sigma_min=0.01, sigma_max=1348.0, sampling_eps=1e-5, correct_steps=1,
     ),
+    "DDPMWuerstchenScheduler": dict(scaler=1.0, s=0.008),
     "ScoreSdeVpScheduler": dict(num_train_timesteps=2000, beta_min=0.1, beta_max=20, sampling_eps=1e-3),
     "IPNDMScheduler": dict(num_train_timesteps=1000, trained_betas=None),
 }  # fmt: skip

@@ -48,7 +48,7 @@ from flowsolve.adapters.diffusers.layout import OWN
 from flowsolve.adapters.diffusers.refusals import warn_if_distilled
 from flowsolve.adapters.diffusers.scheduler import Scheduler, StepOutput
 from flowsolve.adapters.diffusers.timetable import level, one_time
-from flowsolve.adapters.diffusers.turns import require_no_turns
+from flowsolve.adapters.diffusers.turns import require_no_turns, without_turns
 from flowsolve.adapters.networks import first_half
 from flowsolve.flow import Flow
 from flowsolve.solvers import Auto
@@ -110,6 +110,7 @@ def capture(pipe: Any, *args: Any, **kwargs: Any) -> Captured:
         RuntimeError: a pipeline whose loop cannot be led; see the module's docstring.
     """
     require_no_turns(pipe, args, kwargs)
+    kwargs = without_turns(pipe, kwargs)
     warn_if_distilled(pipe)
     loop, later = _Waiting(), _copied(kwargs)  # copied before the call draws from its generators
     led, net = _led(pipe, loop), _Turn(loop)

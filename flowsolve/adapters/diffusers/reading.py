@@ -105,6 +105,11 @@ def read(config: Any) -> Reading:
         ValueError: a scheduler or an option that is not supported.
     """
     config = completed(config)
+    if config["_class_name"] == "DDPMWuerstchenScheduler":
+        raise ValueError(
+            "DDPMWuerstchenScheduler is not supported inside a pipeline: Stable Cascade's ends its own steps. Keep its "
+            "own scheduler there; adapters.load reads its directory, and fs.sample solves it"
+        )
     said = convention(config).stated()
     path, asked, clock = said.path, said.precondition, said.time
     assert clock is not None

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["BY_TURN", "require_no_turns"]
+__all__ = ["BY_TURN", "require_no_turns", "without_turns"]
 
 BY_TURN: Mapping[str, tuple[float, str]] = {
     "control_guidance_start": (0.0, ""),
@@ -42,3 +42,17 @@ def require_no_turns(pipe: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) 
                 f"its network is no function of (x, t); capture it with {name}={neutral} (for a part of the interval "
                 "capture both kinds, and solve one after the other), or use a Scheduler inside the pipeline"
             )
+
+
+BEYOND = ("cfg_trunc_ratio", "cfg_truncation")
+"""Arguments whose neutral value is neutral until the pipeline's own last turn, and a larger one always."""
+
+
+def without_turns(pipe: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of a call with which nothing is decided by a turn beyond the pipeline's own last.
+
+    Lumina 2 leaves guidance out where (i + 1)/N > `cfg_trunc_ratio`, so at the neutral value 1 from turn N on; Z-Image
+    has a table of N entries to compare with `cfg_truncation`, which it does not make for values above 1.
+    """
+    names = inspect.signature(pipe.__call__).parameters
+    return {**kwargs, **{name: float("inf") for name in BEYOND if name in names}}
