@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -72,7 +73,7 @@ def test_weights_of_the_estimates_add_what_the_formula_says(path: Any) -> None:
     data, noise = ((0.1,), (-0.2, 0.3), (0.0, 0.05, -0.4)), ((0.2,), (0.1, -0.3), (0.25, 0.0, 0.15))
     start = path.prior_std * torch.randn(4, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x, seen = start, []
-    for n, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
+    for n, (t, t_next) in enumerate(itertools.pairwise(times)):
         found = flow.estimate(x, t)
         seen.insert(0, found)
         there = path.at(t_next)
