@@ -33,7 +33,7 @@ from flowsolve.tuning.trajectories import Trajectories, march
 
 __all__ = ["RIDGES", "fit", "weights_of"]
 
-RIDGES = (1e-6, 1e-5, 1e-4, 1e-3)
+RIDGES = (1e-5, 1e-3)
 
 
 def weights_of(data: Trajectories, errors: Tensor | None) -> Tensor:

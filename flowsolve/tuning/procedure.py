@@ -32,9 +32,12 @@ __all__ = ["STAGES", "tune"]
 
 STAGES = ("grid", "coefficients", "both")
 FEWEST = 4
-SHARES = {"trajectories": 0.4, "search": 0.35, "fit": 0.65}
-"""Of the minutes what trajectories may take; of a budget's share of the rest, what its search may, and all before the
-held-out figures' own solves."""
+STARTS, NEAR = 2, 1.5
+"""Generic solvers that are fitted from, and how near the second must be to the best."""
+LEAST, ROUNDS = 8, 3
+"""The samples at least that times are moved on, and the rounds that there should be time for."""
+SHARES = {"trajectories": 0.35, "search": 0.35}
+"""Of the minutes what trajectories may take; of a budget's share of the rest, what its search may."""
 
 Tell = Callable[[str], object]
 
@@ -188,34 +191,38 @@ def _budget(sets: _Sets, n: int, seconds: float, stages: str, seed: int, tell: T
     best: tuple[float, Fitted] = (on_choice[first], Fitted(generic.solver, times))
     kept = "generic"
 
-    def offer(made: Fitted, what: str) -> None:
+    def offer(made: Fitted, what: str) -> float:
         nonlocal best, kept
         error = typical(errors(made, made.times, sets.chosen))
         if error < best[0]:
             best, kept = (error, made), "tuned"
         tell(f"{what} {error:.3g}, best {best[0]:.3g} (generic {on_choice[first]:.3g})")
+        return error
 
-    starts = [(p, t) for i, (p, t) in enumerate(placed) if i == first or on_choice[i] < 1.5 * on_choice[first]][:2]
-    if (generic, times) not in starts:
-        starts = [(generic, times), *starts[:1]]
-    for pair, nodes in starts:
+    starts = [
+        (generic, times),
+        *(p for i, p in enumerate(placed) if i != first and on_choice[i] < NEAR * on_choice[first]),
+    ]
+    for i, (pair, nodes) in enumerate(starts[:STARTS]):
+        now = time.perf_counter()
         if ending():
             break
+        end = now + (begun + 0.9 * seconds - now) / (min(STARTS, len(starts)) - i)
         omega = weights_of(data, errors(pair.solver, nodes, data))
-        if stages == "grid":
-            _refined(pair, nodes, data, omega, None, ending, tell, offer)
-            continue
         tried = []
-        for ridge in RIDGES:
+        for ridge in RIDGES if stages != "grid" else ():
+            now = time.perf_counter()
             made, _ = fit(pair.solver, nodes, data, ridge, omega)
-            offer(made, f"coefficients (ridge {ridge:g})")
-            tried.append((typical(errors(made, nodes, sets.chosen)), ridge, made))
-            if ending():
+            cost = (time.perf_counter() - now) / len(data)
+            tried.append((offer(made, f"coefficients (ridge {ridge:g})"), ridge, cost))
+            if time.perf_counter() > end:
                 break
-        if stages == "both" and not ending():
-            _, ridge, made = min(tried, key=lambda entry: entry[0])
-            again = weights_of(data, errors(made, nodes, data))
-            _refined(pair, nodes, data, again, ridge, ending, tell, offer)
+        if stages == "grid":
+            now = time.perf_counter()
+            errors(pair.solver, nodes, data)
+            tried = [(0.0, math.nan, (time.perf_counter() - now) / len(data))]
+        if stages != "coefficients":
+            _refined(pair, nodes, data, omega, min(tried)[1:], end, offer)
     chosen: Any = Auto().choose(flow.path, n)
     auto_times = Generic(*chosen).times(flow, n)
     auto = typical(errors(chosen[0], auto_times, sets.judged)) if auto_times else math.nan
@@ -235,17 +242,34 @@ def _refined(
     times: Sequence[float],
     data: Trajectories,
     omega: Tensor,
-    ridge: float | None,
-    late: Callable[[], bool],
-    tell: Tell,
-    offer: Callable[[Fitted, str], None],
+    known: tuple[float, float],
+    end: float,
+    offer: Callable[[Fitted, str], float],
 ) -> None:
-    """Offer what comes of moving the times, with the coefficients or alone."""
+    """Offer what comes of moving the times, with the coefficients or alone.
 
-    def make(at: Sequence[float]) -> tuple[Fitted, Tensor]:
-        if ridge is not None:
-            return fit(pair.solver, at, data, ridge, omega)
-        return Fitted(pair.solver, tuple(at)), march(pair.solver, data.flow, at, data.start, data.context)
+    The times are moved on as many samples as a few rounds leave time for, and the coefficients then fitted on all.
 
-    made, error = refine(make, times, data, omega, typical, late=late)
+    Args:
+        known: the ridge, NaN for no coefficients, and the seconds that a solve takes for each sample.
+        end: when to be done.
+    """
+    ridge, cost = known
+    left = end - time.perf_counter()
+    count = int(left / (ROUNDS * (len(times) + 1) * cost)) if cost else len(data)
+    some = data.take(0, max(LEAST, count))
+    weights = omega[: len(some)]
+
+    def make(at: Sequence[float], on: Trajectories = some, ruled: Tensor = weights) -> tuple[Fitted, Tensor]:
+        if not math.isnan(ridge):
+            return fit(pair.solver, at, on, ridge, ruled)
+        return Fitted(pair.solver, tuple(at)), march(pair.solver, on.flow, at, on.start, on.context)
+
+    stop = end - 2.0 * cost * len(data)
+    made, error = refine(make, times, some, weights, typical, late=lambda: time.perf_counter() > stop)
+    if math.isnan(ridge):
+        offer(made, f"times ({error:.3g} where fitted):")
+        return
+    off = relative(march(made, data.flow, made.times, data.start, data.context), data.end)
+    made, _ = fit(pair.solver, made.times, data, ridge, weights_of(data, off))
     offer(made, f"times ({error:.3g} where fitted):")
