@@ -11,10 +11,15 @@ from flowsolve.cli._conditions import conditions, guided, hinted
 from flowsolve.cli._running import Declare, Format, TrustPickle, command, one_line, opened
 from flowsolve.cli._terminal import say
 
+SHOWN, HELD_OUT = 8, 2**31 - 1
+"""Samples of the sheet, and their seed."""
+
 
 def tune(
     source: Annotated[str, typer.Argument(help="Checkpoint, or digits-condot or digits-ddpm.")],
-    out: Annotated[Path, typer.Option(help="The JSON file to write, or to add to.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The JSON file to write, or to add to; by default CHECKPOINT.tuned.json here.")
+    ] = None,
     nfe: Annotated[
         list[int] | None, typer.Option(min=2, help="Evaluations a sample, 4 6 8 10 by default; may be repeated.")
     ] = None,
@@ -42,11 +47,13 @@ def tune(
     """Fit solvers to one checkpoint; stopped at any point, the trajectories that were made are kept."""
     given = {k: v for k, v in locals().items() if k not in ("source", "out", "progress", "more", "nfe")}
     given["class"] = given.pop("classes")
+    out = out or Path(f"{Path(source).resolve().name}.tuned.json")
     folder = cache or out.with_name(f"{out.stem}-trajectories")
     with one_line("tune", folder), hinted(classes is not None or cond is not None):
         import torch
 
         from flowsolve import tuning
+        from flowsolve.fingerprint import marks
         from flowsolve.runs.networks import event_shape
 
         torch.set_num_threads(threads)
@@ -58,6 +65,8 @@ def tune(
         flow = guided(flow, guidance, null_class, conditioned)
         budgets = [*(nfe or ()), *(more or ())] or [4, 6, 8, 10]
         before = tuning.Tuning.load(out) if out.exists() else None
+        if before is not None and dict(before.marks) != marks(flow):
+            raise ValueError(f"{out} is of a different checkpoint; choose another --out")
         found = tuning.tune(
             flow, (n, *event), nfe=budgets, minutes=minutes, cond=conditioned or None, seed=seed, stages=stages,
             cache=folder, device=place, progress=say if progress else False,
@@ -68,19 +77,45 @@ def tune(
             found = before.merged(found)
         found.save(out)
         picture = out.with_suffix(".png")
+        files = [out]
         if plot:
             found.plot(picture)
-    _tell(found, out, picture if plot else None)
+            files += [
+                picture,
+                *_side_by_side(flow, event, found, conditioned, out.with_name(f"{out.stem}-samples.png")),
+            ]
+    _tell(found, out, files)
 
 
-def _tell(found: Any, out: Path, picture: Path | None) -> None:
+def _side_by_side(flow: Any, event: tuple[int, ...], found: Any, cond: dict[str, Any], file: Path) -> list[Path]:
+    """A sheet of samples at the least budget: converged, `auto`, tuned; nothing for a flow of no pictures."""
+    import torch
+
+    from flowsolve.conditioning import rows_of, settled
+    from flowsolve.integrate import sample
+    from flowsolve.runs import pictures
+
+    count = pictures.levels(flow, event)
+    if count is None:
+        return []
+    n = found.rows[0].nfe
+    some = rows_of(settled(cond, len(next(iter(cond.values())).value)), range(SHOWN)) if cond else None
+    sheet = []
+    for options in ({"nfe": found.provenance["evaluations"]}, {"nfe": n}, {"nfe": n, "solver": found.solver}):
+        x = sample(flow, (SHOWN, *event), seed=HELD_OUT, cond=some, **options).x
+        sheet.append(pictures.shades(flow.transform.pixels(x.cpu()), count))
+    pictures.save_grid(file, torch.cat(sheet), columns=SHOWN)
+    return [file]
+
+
+def _tell(found: Any, out: Path, files: list[Path]) -> None:
     """The table, and what to do next."""
     say("", *str(found).splitlines())
     said = found.provenance
     say(
         f"errors on {said['judged']} samples of noise held out, geometric means of ‖x − x*‖/‖x*‖; in brackets two "
         "standard errors",
-        f"{out}" + (f", {picture.name}" if picture else ""),
+        "files: " + ", ".join(map(str, files)) + ("" if len(files) < 3 else " (rows: converged, auto, tuned)"),
         "",
         "In Python:",
         f"    solver = fs.solvers.load({str(out)!r})",
