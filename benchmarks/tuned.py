@@ -7,8 +7,8 @@ r"""Solvers tuned to one network (`flowsolve.tuning`) against the best generic o
 **Judged** is the median relative error of the end state, against a fine Runge–Kutta solve's (`fields.network`), on
 noise that no part of the tuning has seen: another generator's. The generic solvers (the pairs of
 `sections/choices.py`, and `auto`) and those of diffusers and k-diffusion (`sections/samplers.py`) are chosen in
-hindsight, on the very noise that they are judged on, at each budget; the tuned solver was chosen before. Where an
-evaluation takes long, the pairs are ranked on 2 samples first, and 8 of each kind are then judged on all.
+hindsight, on the very noise that they are judged on, at each budget; the tuned solver was chosen before. All pairs are
+ranked on a few samples first (8 digits, 2 patches), and 8 of each kind are then judged on all.
 
 *Ratio* is tuned over the best generic of ours; its interval is two standard errors of the mean of the logarithm of the
 ratio over samples. Target: at most 0.5, and at most 0.5 × the peers'.
@@ -51,7 +51,7 @@ BUDGETS = (4, 6, 8, 10)
 HALF = 0.5
 SEED = 17
 COUNTS = (4, 8, 16, 32, 64)
-FIRST, LEFT = 2, 8
+FIRST, LEFT = {"digits": 8, "patches": 2}, 8
 CLOUD = 4096
 
 
@@ -90,7 +90,7 @@ def main() -> None:
 def compare(name: str, given: argparse.Namespace, cache: Path) -> dict[str, Any]:
     """The tuned solvers of one network beside the others."""
     dear = name.startswith("patches")
-    case = fields.network(name, given.checkpoints, 8 if dear else 32, 256 if dear else 512)
+    case = fields.network(name, given.checkpoints, 8 if dear else 32, 160 if dear else 512)
     begun = time.perf_counter()
     tuning = fs.tune(
         case.flow, (given.count, *case.start.shape[1:]), nfe=given.budgets, minutes=given.minutes, seed=SEED,
@@ -128,7 +128,7 @@ def compare(name: str, given: argparse.Namespace, cache: Path) -> dict[str, Any]
 def studies(name: str, given: argparse.Namespace, cache: Path) -> dict[str, Any]:
     """What times and coefficients do alone, and how many trajectories it takes."""
     dear = name.startswith("patches")
-    case = fields.network(name, given.checkpoints, 8 if dear else 32, 256 if dear else 512)
+    case = fields.network(name, given.checkpoints, 8 if dear else 32, 160 if dear else 512)
 
     def tuned(count: int, stages: str, n: int) -> dict[str, Any]:
         begun = time.perf_counter()
@@ -200,10 +200,8 @@ def _best(case: Case, n: int, tried: dict[str, tuple[Solve, Any]], dear: bool) -
                 found.append((median, name, errors))
         return sorted(found, key=lambda entry: entry[0])
 
-    names: Iterable[str] = tried
-    if dear:
-        names = [name for _, name, _ in ranked(tried, FIRST)[:LEFT]]
-    found = ranked(names, len(case.start))
+    first = ranked(tried, FIRST["patches" if dear else "digits"])
+    found = ranked([name for _, name, _ in first[:LEFT]], len(case.start))
     return (found[0][2], found[0][1], tried[found[0][1]][1]) if found else None
 
 

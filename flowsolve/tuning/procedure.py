@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flowsolve import _version
 from flowsolve._arguments import check_flow, device_of, shape_of
+from flowsolve._batch import rows
 from flowsolve.conditioning import rows_of, settled
 from flowsolve.fingerprint import marks
 from flowsolve.flow import Flow
@@ -32,11 +33,12 @@ __all__ = ["STAGES", "tune"]
 
 STAGES = ("grid", "coefficients", "both")
 FEWEST = 4
-STARTS, NEAR = 2, 1.5
-"""Generic solvers that are fitted from, and how near the second must be to the best."""
-LEAST, ROUNDS = 8, 3
-"""The samples at least that times are moved on, and the rounds that there should be time for."""
-SHARES = {"trajectories": 0.35, "search": 0.35}
+STARTS, NEAR, FIRST = 2, 1.5, 0.65
+"""Generic solvers that are fitted from, how near the second must be to the best, and the share of the first in time."""
+LEAST, NUMBERS, ROUNDS = 6, 2048, 6
+"""The samples at least that times are moved on, and the numbers in them (or 32 samples), and the rounds that there
+should be time for."""
+SHARES = {"trajectories": 0.3, "search": 0.25}
 """Of the minutes what trajectories may take; of a budget's share of the rest, what its search may."""
 
 Tell = Callable[[str], object]
@@ -207,7 +209,7 @@ def _budget(sets: _Sets, n: int, seconds: float, stages: str, seed: int, tell: T
         now = time.perf_counter()
         if ending():
             break
-        end = now + (begun + 0.9 * seconds - now) / (min(STARTS, len(starts)) - i)
+        end = now + (begun + 0.9 * seconds - now) * (FIRST if i == 0 and len(starts) > 1 else 1.0)
         omega = weights_of(data, errors(pair.solver, nodes, data))
         tried = []
         for ridge in RIDGES if stages != "grid" else ():
@@ -257,7 +259,8 @@ def _refined(
     ridge, cost = known
     left = end - time.perf_counter()
     count = int(left / (ROUNDS * (len(times) + 1) * cost)) if cost else len(data)
-    some = data.take(0, max(LEAST, count))
+    least = max(LEAST, min(32, NUMBERS // rows(data.end).shape[1]))
+    some = data.take(0, max(least, count))
     weights = omega[: len(some)]
 
     def make(at: Sequence[float], on: Trajectories = some, ruled: Tensor = weights) -> tuple[Fitted, Tensor]:
