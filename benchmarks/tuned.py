@@ -201,7 +201,8 @@ def _best(case: Case, n: int, tried: dict[str, tuple[Solve, Any]], dear: bool) -
         return sorted(found, key=lambda entry: entry[0])
 
     first = ranked(tried, FIRST["patches" if dear else "digits"])
-    found = ranked([name for _, name, _ in first[:LEFT]], len(case.start))
+    left = dict.fromkeys([*(name for _, name, _ in first[:LEFT]), *({"auto"} & {*tried})])
+    found = ranked(left, len(case.start))
     return (found[0][2], found[0][1], tried[found[0][1]][1]) if found else None
 
 
