@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +53,7 @@ def fit(
     ridge: float,
     omega: Tensor,
     lags: int | None = None,
+    memory: dict[tuple[float, ...], Any] | None = None,
 ) -> tuple[Fitted, Tensor]:
     """The fitted solver on given times, and where it leads from the trajectories' noise.
 
@@ -62,6 +64,7 @@ def fit(
         ridge: ϱ.
         omega: ω, of shape (B,).
         lags: the most estimates before the latest that have weights; None for all.
+        memory: of estimates, for fits that differ in their times alone (`trajectories.march`).
     """
     history: list[Tensor] = []
     found: tuple[list[tuple[float, ...]], list[tuple[float, ...]]] = ([], [])
@@ -86,5 +89,5 @@ def fit(
             x = x.add(f, alpha=v)
         return replace(state, x=x)
 
-    end = march(base, data.flow, times, data.start, data.context, correct)
+    end = march(base, data.flow, times, data.start, data.context, correct, memory)
     return Fitted(base, tuple(times), tuple(found[0]), tuple(found[1])), end

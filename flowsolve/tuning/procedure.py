@@ -258,15 +258,17 @@ def _refined(
     """
     ridge, cost = known
     left = end - time.perf_counter()
-    count = int(left / (ROUNDS * (len(times) + 1) * cost)) if cost else len(data)
+    count = int(left / (ROUNDS * (0.5 * len(times) + 2) * cost)) if cost else len(data)
     least = max(LEAST, min(32, NUMBERS // rows(data.end).shape[1]))
     some = data.take(0, max(least, count))
     weights = omega[: len(some)]
 
+    memory: dict[tuple[float, ...], Any] = {}
+
     def make(at: Sequence[float], on: Trajectories = some, ruled: Tensor = weights) -> tuple[Fitted, Tensor]:
         if not math.isnan(ridge):
-            return fit(pair.solver, at, on, ridge, ruled)
-        return Fitted(pair.solver, tuple(at)), march(pair.solver, on.flow, at, on.start, on.context)
+            return fit(pair.solver, at, on, ridge, ruled, memory=memory)
+        return Fitted(pair.solver, tuple(at)), march(pair.solver, on.flow, at, on.start, on.context, memory=memory)
 
     stop = end - 2.0 * cost * len(data)
     made, error = refine(make, times, some, weights, typical, late=lambda: time.perf_counter() > stop)

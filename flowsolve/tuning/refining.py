@@ -5,8 +5,8 @@ The interior nodes' noise levels λ are moved so that the end states come nearer
 $$ \min_\lambda \sum_i \omega_i\,\|x_i(\lambda) - x_i^*\|^2, $$
 
 with the coefficients fitted anew wherever λ is (variable projection: Golub & Pereyra 1973). The derivatives are
-differences, one solve for each node. Steps are damped (Levenberg–Marquardt), shortened so that nodes keep their order,
-and taken only if the error falls.
+differences, one solve for each node, and what two solves have in common is asked once. Steps are damped
+(Levenberg–Marquardt), shortened so that nodes keep their order, and taken only if the error falls.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ from flowsolve.solvers.base import Query, Solver, State, run
 
 __all__ = ["Trajectories", "converged", "march", "relative"]
 
-CHUNK = 8
+CHUNK, REMEMBERED = 8, 128
 Visit = Callable[[int, Query, Any, State], State]
 
 
@@ -104,7 +104,13 @@ class Trajectories:
 
 
 def march(
-    solver: Solver, flow: Flow, times: Sequence[float], x: Tensor, context: Context, visit: Visit | None = None
+    solver: Solver,
+    flow: Flow,
+    times: Sequence[float],
+    x: Tensor,
+    context: Context,
+    visit: Visit | None = None,
+    memory: dict[tuple[float, ...], Any] | None = None,
 ) -> Tensor:
     """The end of a solve in steps of one estimate, without the checks of `fs.sample`.
 
@@ -116,6 +122,8 @@ def march(
         context: its conditions.
         visit: is shown the number of each step, its query, the estimate, and the state after it, and gives the state to
             go on from.
+        memory: of estimates, by the times until then: of solves that differ in their times alone, what one asked where
+            the other did is not asked again. The latest are kept.
     """
     ask, state = Estimator(flow), State(x)
     intervals = [(a, b, 1) for a, b in itertools.pairwise(times)]
@@ -123,8 +131,13 @@ def march(
     for n, interval in enumerate(intervals):
         asked: list[tuple[Query, Any]] = []
 
-        def answer(query: Query, asked: list[tuple[Query, Any]] = asked) -> Any:
-            asked.append((query, ask(query, context.tree)))
+        def answer(query: Query, asked: list[tuple[Query, Any]] = asked, path: Any = tuple(times[: n + 1])) -> Any:
+            known = None if memory is None else memory.get(path)
+            asked.append((query, ask(query, context.tree) if known is None else known))
+            if memory is not None and known is None:
+                memory[path] = asked[-1][1]
+                if len(memory) > REMEMBERED:
+                    del memory[next(iter(memory))]
             return asked[-1][1]
 
         state = run(step(state, *interval), answer)

@@ -146,6 +146,33 @@ def test_times_stay_in_order_and_errors_fall(path: Any) -> None:
     assert error < before
 
 
+def test_what_is_remembered_changes_nothing_but_the_cost() -> None:
+    flow, calls = flow_of(MIXTURE, fs.paths.CondOT()), 0
+    with torch.no_grad():
+        data = converged(flow, (8, 2), evaluations=32)
+        times = list(Generic(UniPC(2), "uniform").times(flow, 6) or ())
+        inner = flow.net
+
+        def counted(x: Tensor, t: Tensor) -> Tensor:
+            nonlocal calls
+            calls += 1
+            found: Tensor = inner(x, t)
+            return found
+
+        flow.net = counted
+        memory: dict[tuple[float, ...], Any] = {}
+        omega = weights_of(data, None)
+        fit(UniPC(2), times, data, 1e-4, omega, memory=memory)
+        assert calls == 6
+        moved = [*times[:4], times[4] + 0.01, *times[5:]]
+        plain, end = fit(UniPC(2), moved, data, 1e-4, omega)
+        before = calls
+        again, same = fit(UniPC(2), moved, data, 1e-4, omega, memory=memory)
+    assert calls - before == 2  # at nodes 4 and 5
+    assert plain == again
+    assert torch.equal(end, same)
+
+
 def test_a_sample_in_another_mode_has_the_weight_of_the_others() -> None:
     flow = flow_of(MIXTURE, fs.paths.CondOT())
     with torch.no_grad():
@@ -156,7 +183,7 @@ def test_a_sample_in_another_mode_has_the_weight_of_the_others() -> None:
 
 
 def test_what_is_worse_on_validation_is_not_returned(monkeypatch: pytest.MonkeyPatch) -> None:
-    def spoilt(base: Multistep, times: Any, data: Any, ridge: float, omega: Tensor) -> Any:
+    def spoilt(base: Multistep, times: Any, data: Any, ridge: float, omega: Tensor, memory: Any = None) -> Any:
         rows = tuple(tuple(0.3 for _ in range(k + 1)) for k in range(len(times) - 1))
         made = Fitted(base, tuple(times), rows, rows)
         return made, march(made, data.flow, times, data.start, data.context)
