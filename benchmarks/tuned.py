@@ -76,7 +76,10 @@ def main() -> None:
             made = (studies if given.studies else compare)(name, given, cache)
         record = json.loads(given.out.read_text()) if given.out.exists() else {"networks": {}}
         record["environment"] = {**environment(), "peers": versions(), "absent": list(absent())}
-        record["networks"].setdefault(name, {}).update(made)
+        kept = record["networks"].setdefault(name, {})
+        for key, rows in made.items():  # a row of the same budget is renewed
+            ours = {_key(row): row for row in (*kept.get(key, ()), *rows)}
+            kept[key] = [ours[k] for k in sorted(ours)]
         record["targets"] = aims(record["networks"])
         given.out.parent.mkdir(parents=True, exist_ok=True)
         given.out.write_text(json.dumps(record, separators=(",", ":"), ensure_ascii=False) + "\n")
@@ -85,6 +88,10 @@ def main() -> None:
     print(
         "", *(f"{a['name']:<58}{a['value']:6.3f} <= {a['limit']:.2f} {a['met']}" for a in record["targets"]), sep="\n"
     )
+
+
+def _key(row: dict[str, Any]) -> tuple[int, int]:
+    return row["budget"], row.get("count", 0)
 
 
 def compare(name: str, given: argparse.Namespace, cache: Path) -> dict[str, Any]:
@@ -105,6 +112,7 @@ def compare(name: str, given: argparse.Namespace, cache: Path) -> dict[str, Any]
         auto = _errors(case, fs.sample(case.flow, start=case.start, nfe=n).x)
         row: dict[str, Any] = {
             "budget": n, "auto": _figure(auto), "tuned": _figure(mine), "kept": own.kept,
+            "fitted": tuning.provenance["fitted"], "seconds": round(seconds / len(given.budgets), 1),
             "found": {"generic": own.name, "ratio": _short(own.ratio), "spread": _short(own.spread)},
         }  # fmt: skip
         for kind, found in (("ours", ours), ("peer", theirs)):
@@ -121,8 +129,7 @@ def compare(name: str, given: argparse.Namespace, cache: Path) -> dict[str, Any]
             row["distance"] = _distances(name, case, tuning.solver, ours[2], n)
         rows.append(row)
         print(*table({"rows": [row]}), sep="\n", flush=True)
-    told = {"fitted": tuning.provenance["fitted"], "judged": len(case.start), "seconds": round(seconds, 1)}
-    return {"rows": rows, "tuning": told}
+    return {"rows": rows}
 
 
 def studies(name: str, given: argparse.Namespace, cache: Path) -> dict[str, Any]:
