@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         solvers,
         training,
         transforms,
+        tuning,
     )
     from flowsolve.conditioning import per_sample, shared
     from flowsolve.events import Event
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from flowsolve.snapshot import Snapshot
     from flowsolve.solution import Solution, SolverError
     from flowsolve.solvers import Status
+    from flowsolve.tuning import tune
 
 _HOME = {
     "events": ("Event",),
@@ -53,6 +55,7 @@ _HOME = {
     "snapshot": ("Snapshot",),
     "solution": ("Solution", "SolverError"),
     "solvers": ("Status",),
+    "tuning": ("tune",),
 }
 """Module → the public names that it holds; every other name of `__all__` is a module itself."""
 
@@ -93,6 +96,8 @@ __all__ = [
     "solvers",
     "training",
     "transforms",
+    "tune",
+    "tuning",
     "variational_bound",
 ]
 

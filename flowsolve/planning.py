@@ -76,6 +76,8 @@ def plan(
     start, end = interval
     if end < start and solver.random:
         raise ValueError(f"{solver!r} draws noise and has no way back from data to noise; use eta=0 or an ODE solver")
+    if solver.own_times and end < start:
+        raise ValueError(f"{solver!r} has times of its own, on the way to the data, and no way back; use another")
     times = grids.resolve("uniform" if grid is None else grid)
     if isinstance(times, At):
         times = _snapped(times.on(flow.path), interval)

@@ -19,6 +19,7 @@
 | `ExactSDE` | weak 1 | 1 | frozen estimate, any η |
 | `EulerMaruyama` | weak 1 | 1 | SDE, any η |
 | `Ancestral`, `Churn` | weak, the inner solver's | the inner solver's | noise around the steps of another solver |
+| `Fitted` | as tuned | 1 | exponential multistep, fitted to one checkpoint (`flowsolve.tuning`) |
 | `bridges.Torchdiffeq`, `bridges.Torchsde` | | | any method of those libraries (`flowsolve.solvers.bridges`) |
 
 Orders are those of a start that costs none (warmup="single"); with the usual ramp a multistep method has order 2 in the
@@ -36,6 +37,7 @@ from flowsolve.solvers.base import EstimateSolver, Query, Solver, State
 from flowsolve.solvers.controllers import PI, PID, Controller, I
 from flowsolve.solvers.discrete import DDIM, DDPM, ExactSDE
 from flowsolve.solvers.embedded import DPMSolver12, DPMSolver23
+from flowsolve.solvers.fitted import Fitted, Tuned, load
 from flowsolve.solvers.injection import Ancestral, Churn
 from flowsolve.solvers.multistep import DEIS, ERSDE, IPNDM, LMS, DPMSolverPP, Multistep, SASolver, SDEDPMSolverPP, UniPC
 from flowsolve.solvers.runge_kutta import RK4, Euler, Heun, Midpoint, Ralston, RungeKutta
@@ -72,6 +74,7 @@ __all__ = [
     "Euler",
     "EulerMaruyama",
     "ExactSDE",
+    "Fitted",
     "Heun",
     "I",
     "Midpoint",
@@ -88,8 +91,10 @@ __all__ = [
     "StochasticHeun",
     "Tableau",
     "Tsit5",
+    "Tuned",
     "UniPC",
     "bridges",
     "largest",
+    "load",
     "rms",
 ]

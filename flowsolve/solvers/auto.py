@@ -44,7 +44,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from flowsolve.grids import Arctan, Spacing
+from flowsolve.grids import Arctan, At, Spacing
 from flowsolve.paths import Path
 from flowsolve.solvers.adaptive import Tsit5
 from flowsolve.solvers.base import Solver
@@ -120,7 +120,7 @@ class Auto:
 
 
 def resolve(solver: Any, grid: Any, path: Path, nfe: int | None) -> tuple[Any, Any]:
-    """A solver and a grid as given, or as chosen where the solver is "auto" or an `Auto`.
+    """A solver and a grid as given, or as chosen where the solver is "auto" or an `Auto`, or has times of its own.
 
     Raises:
         ValueError: a name that is not known.
@@ -130,7 +130,8 @@ def resolve(solver: Any, grid: Any, path: Path, nfe: int | None) -> tuple[Any, A
 
         solver = names.solver(solver)
     if not isinstance(solver, Auto):
-        return solver, grid
+        own = solver.own_times if isinstance(solver, Solver) else None
+        return solver, At(t=own) if grid is None and own else grid
     if nfe is None and isinstance(grid, list | tuple):
         nfe = len(grid) - 1
     chosen, spacing = solver.choose(path, nfe)

@@ -173,6 +173,11 @@ class Solver:
             flow.require(t)
 
     @property
+    def own_times(self) -> tuple[float, ...] | None:
+        """The only flow times that the solver steps on, from noise to data; None where it takes any."""
+        return None
+
+    @property
     def chooses_steps(self) -> bool:
         """Whether the solver finds its own steps, rather than being given a grid."""
         return False

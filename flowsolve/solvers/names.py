@@ -4,7 +4,8 @@
 
 Names are those of the classes, in any case and without punctuation; `+` is `p`, so that dpm-solver++ is `DPMSolverPP`.
 What k-diffusion and ComfyUI call by another name (`euler_a`, `dpmpp_2m_sde`, …) is understood where it is the same
-step; their defaults are meant, which options may change. Grids as text are in `flowsolve.grids.names`.
+step; their defaults are meant, which options may change. A name that ends in .json is a file of tuned solvers
+(`flowsolve.tuning`). Grids as text are in `flowsolve.grids.names`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from flowsolve.solvers.base import Solver
 
 __all__ = ["ALIASES", "SOLVERS", "solver"]
 
-ABSTRACT = ("Solver", "EstimateSolver", "RungeKutta", "Adaptive")
+ABSTRACT = ("Solver", "EstimateSolver", "RungeKutta", "Adaptive", "Fitted", "Tuned")
 
 SOLVERS: Mapping[str, Any] = {
     plain(name): made
@@ -51,13 +52,20 @@ def solver(text: str) -> Solver | Auto:
     """A solver from its name and options.
 
     Raises:
-        ValueError: an unknown name, option or value.
+        ValueError: an unknown name, option or value, or a file that holds no tuned solver.
+        OSError: such a file cannot be read.
 
     Examples:
         >>> from flowsolve.solvers import names
         >>> names.solver("dpm-solver++:order=3").order
         3
     """
+    file, suffix, rest = text.rpartition(".json")
+    if suffix and (not rest or rest.startswith(":")):
+        _, options = parsed(f"file{rest}")
+        if strange := options.keys() - {"any_checkpoint"}:
+            raise ValueError(f"{file}.json has no option {min(strange)!r}; expected any_checkpoint")
+        return solvers.load(file + suffix, **options)
     name, options = parsed(text)
     made = SOLVERS.get(plain(name)) or ALIASES.get(plain(name))
     if made is None:

@@ -33,6 +33,7 @@ def test_solvers(text: str, made: object) -> None:
 def test_every_solver_has_a_name() -> None:
     kinds = {v for v in vars(solvers).values() if isinstance(v, type) and issubclass(v, solvers.Solver | solvers.Auto)}
     abstract = {solvers.Solver, solvers.EstimateSolver, solvers.RungeKutta, solvers.Adaptive}
+    abstract |= {solvers.Fitted, solvers.Tuned}  # which are called by the name of their file
     assert set(names.SOLVERS.values()) == kinds - abstract
     for kind in kinds - abstract - {solvers.Churn}:
         assert names.solver(kind.__name__) == kind()

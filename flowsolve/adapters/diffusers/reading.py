@@ -22,6 +22,7 @@ from torch import Tensor
 
 from flowsolve.adapters.clocks import Preconditioned
 from flowsolve.adapters.diffusers.convention import EULERS, Convention, Line, completed, convention
+from flowsolve.fingerprint import Elsewhere
 from flowsolve.flow import Flow
 from flowsolve.guidance import Clip, Threshold
 from flowsolve.paths import CondOT, Discrete, Path, Point
@@ -114,7 +115,7 @@ def read(config: Any) -> Reading:
     path, asked, clock = said.path, said.precondition, said.time
     assert clock is not None
     time = clock if asked is None else Preconditioned(asked, path)
-    return Reading(config, said, Flow(_elsewhere, path, said.prediction, time=time), _limit(config))
+    return Reading(config, said, Flow(Elsewhere(), path, said.prediction, time=time), _limit(config))
 
 
 def _limit(config: Mapping[str, Any]) -> Callable[[Tensor], Tensor] | None:
@@ -138,7 +139,3 @@ def start_std(reading: Reading, t: float) -> float:
     if reading.name in (*EULERS, "ScoreSdeVeScheduler") and not leading:
         return float(point.sigma)
     return 1.0 if reading.said.precondition is None else float(point.sigma**2 + 1.0) ** 0.5
-
-
-def _elsewhere(x: Tensor, t: Tensor) -> Tensor:
-    raise RuntimeError("a scheduler has no network; the pipeline calls it")
