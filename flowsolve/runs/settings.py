@@ -16,6 +16,8 @@ from flowsolve._version import __version__
 from flowsolve.flow import Flow
 from flowsolve.guidance import Guided
 from flowsolve.runs.identity import digest, identity, module_digest
+from flowsolve.solvers.base import Solver
+from flowsolve.solvers.registry import name_of
 from flowsolve.transforms import Chain
 
 __all__ = ["digest", "fingerprint", "spell", "versions"]
@@ -49,7 +51,8 @@ def spell(value: Any) -> Any:
         return {"tensor": list(value.shape), "digest": digest(value)}
     if is_dataclass(value) and not isinstance(value, type):
         given = [f"{f.name}={_text(getattr(value, f.name))}" for f in fields(value) if f.init and _given(value, f)]
-        return f"{type(value).__name__}({', '.join(given)})"
+        name = name_of(type(value)) if isinstance(value, Solver) else type(value).__name__
+        return f"{name}({', '.join(given)})"
     if isinstance(value, Mapping):
         return {str(k): spell(v) for k, v in value.items()}
     if isinstance(value, list | tuple | range):

@@ -38,6 +38,7 @@ from flowsolve.solvers.discrete import DDIM, DDPM, ExactSDE
 from flowsolve.solvers.embedded import DPMSolver12, DPMSolver23
 from flowsolve.solvers.injection import Ancestral, Churn
 from flowsolve.solvers.multistep import DEIS, ERSDE, IPNDM, LMS, DPMSolverPP, Multistep, SASolver, SDEDPMSolverPP, UniPC
+from flowsolve.solvers.registry import register
 from flowsolve.solvers.runge_kutta import RK4, Euler, Heun, Midpoint, Ralston, RungeKutta
 from flowsolve.solvers.singlestep import RES, SEEDS, DPMSolver, DPMSolverPPS, SingleStep, StochasticHeun
 from flowsolve.solvers.stochastic import EulerMaruyama
@@ -91,5 +92,12 @@ __all__ = [
     "UniPC",
     "bridges",
     "largest",
+    "register",
     "rms",
 ]
+
+_OPEN = (Solver, EstimateSolver, RungeKutta, Adaptive)  # what is subclassed, and not itself a method
+for _kind in [v for name in __all__ if isinstance(v := globals()[name], type)]:
+    if issubclass(_kind, Solver | Auto) and _kind not in _OPEN:
+        register(_kind)
+del _kind, _OPEN

@@ -144,10 +144,23 @@ Stepper = Callable[[State, float, float, int], Step]
 
 
 class Solver:
-    """A method for advancing a state. Solvers are frozen dataclasses: equal settings are equal solvers."""
+    """A method for advancing a state. Solvers are frozen dataclasses: equal settings are equal solvers.
+
+    What a driver may know of one is declared here: `order`, `evaluations`, `remembers`, `random`, `chooses_steps`,
+    `cooldown`, how a budget becomes steps (`schedule`, `counts`), and where it asks (`asks_at_end`, `require`).
+    """
 
     evaluations: ClassVar[int] = 1
     """Network evaluations of a full step."""
+    remembers: ClassVar[bool] = False
+    """Whether a step uses evaluations of earlier steps (`State.past`)."""
+    cooldown: bool = False
+    """Whether the last steps of a solve are of lower order, so that a final step counts as one of them."""
+
+    @property
+    def order(self) -> int:
+        """The order that the method is named by, as an ODE solver; measured orders are in docs/solvers.md."""
+        return 1
 
     def on(self, path: Path, chart: Chart | None, grid: Sequence[tuple[float, float, int]] = ()) -> Stepper:
         """The step function (state, t, t_next, evaluations) of this solver on a path.
@@ -162,6 +175,10 @@ class Solver:
     def schedule(self, nfe: int) -> list[int]:
         """The evaluations of each step when exactly nfe are to be spent."""
         return [1] * nfe
+
+    def counts(self, steps: int) -> list[int]:
+        """The evaluations of each step when so many steps are to be made."""
+        return [self.evaluations] * steps
 
     def asks_at_end(self, evaluations: int) -> bool:
         """Whether a step of so many evaluations asks at the time it ends."""

@@ -38,7 +38,7 @@ from flowsolve.charts import Chart
 from flowsolve.flow import Flow
 from flowsolve.paths import Path, Point
 from flowsolve.solvers.base import Solver, State, Step, Stepper
-from flowsolve.solvers.discrete import check_eta
+from flowsolve.solvers.eta import check_eta
 from flowsolve.solvers.runge_kutta import Euler, Heun
 
 __all__ = ["Ancestral", "Churn"]
@@ -57,7 +57,7 @@ class _Around(Solver):
         why = ""
         if inner.chooses_steps:
             why = "chooses its own steps; set adaptive=False, or use a solver on a fixed grid"
-        elif getattr(inner, "multistep", False):
+        elif inner.remembers:
             why = "is a multistep method, and what it remembers does not belong to a state with new noise"
         elif inner.random:
             why = "draws noise itself; use eta=0 or an ODE solver"
@@ -68,6 +68,11 @@ class _Around(Solver):
     def evaluations(self) -> int:  # type: ignore[override]
         """Network evaluations of a full step: those of the inner solver."""
         return self.inner.evaluations
+
+    @property
+    def order(self) -> int:
+        """The order of the inner solver."""
+        return self.inner.order
 
     def schedule(self, nfe: int) -> list[int]:
         """The evaluations of each step when exactly nfe are to be spent."""
