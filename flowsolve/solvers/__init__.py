@@ -19,6 +19,7 @@
 | `ExactSDE` | weak 1 | 1 | frozen estimate, any η |
 | `EulerMaruyama` | weak 1 | 1 | SDE, any η |
 | `Ancestral`, `Churn` | weak, the inner solver's | the inner solver's | noise around the steps of another solver |
+| `Restart`, `RePaint` | weak, the inner solver's | the inner solver's, and of its returns | steps made again |
 | `bridges.Torchdiffeq`, `bridges.Torchsde` | | | any method of those libraries (`flowsolve.solvers.bridges`) |
 
 Orders are those of a start that costs none (warmup="single"); with the usual ramp a multistep method has order 2 in the
@@ -39,6 +40,7 @@ from flowsolve.solvers.embedded import DPMSolver12, DPMSolver23
 from flowsolve.solvers.injection import Ancestral, Churn
 from flowsolve.solvers.multistep import DEIS, ERSDE, IPNDM, LMS, DPMSolverPP, Multistep, SASolver, SDEDPMSolverPP, UniPC
 from flowsolve.solvers.registry import register
+from flowsolve.solvers.resampling import RePaint, Restart
 from flowsolve.solvers.runge_kutta import RK4, Euler, Heun, Midpoint, Ralston, RungeKutta
 from flowsolve.solvers.singlestep import RES, SEEDS, DPMSolver, DPMSolverPPS, SingleStep, StochasticHeun
 from flowsolve.solvers.stochastic import EulerMaruyama
@@ -79,6 +81,8 @@ __all__ = [
     "Multistep",
     "Query",
     "Ralston",
+    "RePaint",
+    "Restart",
     "RungeKutta",
     "SASolver",
     "SDEDPMSolverPP",

@@ -34,6 +34,7 @@ from flowsolve._batch import per_sample, send
 from flowsolve._surroundings import array
 from flowsolve.charts import Chart
 from flowsolve.flow import Flow
+from flowsolve.grids import Grid, Spacing, share
 from flowsolve.noise import Noise
 from flowsolve.paths import Path, Point
 from flowsolve.predictions import Estimate
@@ -179,6 +180,24 @@ class Solver:
     def counts(self, steps: int) -> list[int]:
         """The evaluations of each step when so many steps are to be made."""
         return [self.evaluations] * steps
+
+    def plan(self, path: Path, interval: tuple[float, float], spacing: Spacing, budget: int) -> Grid:
+        """The grid on which the solver spends a budget of estimates, to the last one.
+
+        By default the spacing lays out a step for each estimate, and a step that costs m of them (`schedule`) spans m.
+
+        Args:
+            path: the path.
+            interval: flow times from and to.
+            spacing: what places times.
+            budget: estimates.
+        """
+        counts = self.schedule(budget)
+        return Grid(tuple(share(spacing.times(path, *interval, budget), counts)), tuple(counts))
+
+    def fill(self, path: Path, times: Sequence[float]) -> list[int]:
+        """The evaluations of each step between explicit flow times."""
+        return [self.evaluations] * (len(times) - 1)
 
     def asks_at_end(self, evaluations: int) -> bool:
         """Whether a step of so many evaluations asks at the time it ends."""

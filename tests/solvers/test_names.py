@@ -34,7 +34,7 @@ def test_every_solver_has_a_name() -> None:
     kinds = {v for v in vars(solvers).values() if isinstance(v, type) and issubclass(v, solvers.Solver | solvers.Auto)}
     abstract = {solvers.Solver, solvers.EstimateSolver, solvers.RungeKutta, solvers.Adaptive}
     assert set(names.SOLVERS.values()) == kinds - abstract
-    for kind in kinds - abstract - {solvers.Churn}:
+    for kind in kinds - abstract - {solvers.Churn, solvers.RePaint}:
         assert names.solver(kind.__name__) == kind()
 
 
