@@ -55,7 +55,7 @@ def spell(value: Any) -> Any:
         return {"tensor": list(value.shape), "digest": digest(value)}
     if is_dataclass(value) and not isinstance(value, type):
         given = [f"{f.name}={_text(getattr(value, f.name))}" for f in fields(value) if f.init and _given(value, f)]
-        return f"{type(value).__name__}({', '.join(given)})"
+        return f"{getattr(value, 'known_as', type(value).__name__)}({', '.join(given)})"
     if isinstance(value, Mapping):
         return {str(k): spell(v) for k, v in value.items()}
     if isinstance(value, list | tuple | range):

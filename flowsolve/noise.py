@@ -9,7 +9,9 @@ $$ \sqrt{-2\ln u_1}\,(\cos 2\pi u_2,\ \sin 2\pi u_2), \qquad u = (w + \tfrac12)\
 
 Streams keep the uses of one sample apart: its start, its steps, its trace probes, its dequantisation, its Brownian
 path (`flowsolve.brownian`), its variational bound, the motion of an SDE (`flowsolve.sde`). The interval of a step is
-addressed by the time at which it starts, so a solve in pieces draws what the whole draws. Words are exact integers, and
+addressed by the time at which it starts, so a solve in pieces draws what the whole draws. A sampler that goes back and
+makes a step again addresses it by the time and its occurrence (`Noise.again`): the k-th occurrence, k > 0, has a key of
+its own, two words of Philox with counter (k, 0, 0, FOLD) under the sample's key. Words are exact integers, and
 the transform is written in correctly rounded operations only, in the dtype asked for (float32 for half precisions): a
 normal has the same bits on every device, by a fused kernel or by plain torch (`flowsolve.kernels.philox`).
 
@@ -35,7 +37,7 @@ from flowsolve.kernels.philox import MASK, gaussian, philox, words
 
 __all__ = ["BOUND", "BROWNIAN", "DEQUANTIZE", "PROBE", "START", "STEP", "Noise", "Seed", "interval", "philox"]
 
-START, STEP, PROBE, DEQUANTIZE, BROWNIAN, BOUND, MOTION, AREA, WITHIN, TREE = range(10)
+START, STEP, PROBE, DEQUANTIZE, BROWNIAN, BOUND, MOTION, AREA, WITHIN, TREE, FOLD = range(11)
 AT_ONCE = 1 << 20  # words that the twin computes of several intervals at a time
 
 Seed = int | Sequence[int] | Tensor
@@ -59,10 +61,12 @@ class Noise:
         samples: the global number of each sample of the batch, int64 of shape (B,): what makes sample 7 the same
             sample in any batch. Where samples have seeds of their own, int64 of shape (B, 3): number, low and high
             word of the key; `seed` is nothing then.
+        occurrence: how often the same steps were made before; the noise of each occurrence is another.
     """
 
     seed: int
     samples: Tensor
+    occurrence: int = 0
     _kept: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
@@ -96,7 +100,11 @@ class Noise:
 
     def select(self, index: Tensor) -> Noise:
         """The noise of some samples of the batch, by position."""
-        return type(self)(self.seed, self.samples[index.to(self.samples.device)])
+        return type(self)(self.seed, self.samples[index.to(self.samples.device)], self.occurrence)
+
+    def again(self, occurrence: int) -> Noise:
+        """The noise of the same addresses when they occur once more: independent for each number, 0 is the first."""
+        return type(self)(self.seed, self.samples, occurrence)
 
     def words(self, stream: int, interval: int, count: int, device: torch.device) -> Tensor:
         """(B, 4·⌈count/4⌉) random 32-bit words as int64."""
@@ -173,7 +181,7 @@ class Noise:
         """(T, B, 4·⌈count/4⌉) words of several intervals."""
         number, low, high = self._table(device).unsqueeze(1).unbind(-1)
         key: tuple[Any, Any] = low, high
-        if self.samples.ndim == 1 and isinstance(self.seed, int):
+        if self.samples.ndim == 1 and isinstance(self.seed, int) and not self.occurrence:
             key = _key(self.seed)  # integers: fewer operations
         return words(number, key, stream, intervals, -(-count // 4))
 
@@ -185,6 +193,11 @@ class Noise:
             if table.ndim == 1:
                 key = [torch.full_like(table, k) if isinstance(k, int) else k.expand_as(table) for k in _key(self.seed)]
                 table = torch.stack([table, *key], 1)
+            if self.occurrence:
+                number, low, high = table.unbind(1)
+                zero = torch.zeros_like(number)
+                fresh = philox((zero + self.occurrence, zero, zero, zero + FOLD), (low, high))
+                table = torch.stack([number, *fresh[:2]], 1)
             table = self._kept[device] = table.to(device, non_blocking=table.is_cpu)
         return table
 

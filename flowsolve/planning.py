@@ -16,7 +16,6 @@ the budget pays for, the one with the most estimates is taken (`afford`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 from operator import index
 from typing import Any, TypeVar
 
@@ -28,7 +27,7 @@ from flowsolve import grids
 from flowsolve._batch import hosted
 from flowsolve.charts import Chart
 from flowsolve.flow import Flow
-from flowsolve.grids import At, Grid, Spacing, Timesteps
+from flowsolve.grids import At, Grid, Spacing, Timesteps, share
 from flowsolve.noise import Noise
 from flowsolve.paths import Path
 from flowsolve.pursuit import Metered
@@ -129,7 +128,7 @@ def _given(
             f"the times given run from {times[0]!r} to {times[-1]!r}, the interval from {interval[0]!r} to "
             f"{interval[1]!r}; give interval= the same ends"
         )
-    counts = [solver.evaluations] * (len(times) - 1)
+    counts = solver.fill(path, times)
     closing = solver.evaluations > 1 and times[-1] > path.window[1]
     if closing:
         counts[-1] = 1
@@ -151,18 +150,16 @@ def _spaced(solver: Solver, path: Path, interval: tuple[float, float], spacing: 
         raise ValueError(f"{type(solver).__name__} steps on a fixed grid: give nfe=… or explicit times as grid=…")
     beyond = start < edge < end
     if not (beyond and solver.evaluations > 1):
-        counts = solver.schedule(nfe)
-        times = share(spacing.times(path, start, end, nfe), counts)
-        if not (beyond and times[-2] > edge):
-            return Grid(tuple(times), tuple(counts))
+        steps = solver.plan(path, interval, spacing, nfe)
+        if not (beyond and steps.times[-2] > edge):
+            return steps
     if nfe < 2:
         raise ValueError(
             f"nfe = {nfe}; expected at least 2 with {type(solver).__name__} on {path!r}: one estimate is for the "
             f"closing step from the window's edge t = {edge:g}"
         )
-    counts = solver.schedule(nfe - 1)
-    times = share(spacing.times(path, start, edge, nfe - 1), counts)
-    return Grid((*times, end), (*counts, 1), closing=True)
+    steps = solver.plan(path, (start, edge), spacing, nfe - 1)
+    return Grid((*steps.times, end), (*steps.evaluations, 1), closing=True)
 
 
 def within(path: Path, t: float) -> None:
@@ -173,13 +170,6 @@ def within(path: Path, t: float) -> None:
             f"the network would be asked at t = {t:g}, beyond the times it knows, [0, {edge:g}] on {path!r}; only the "
             "last time of a grid on the way to the data may lie there"
         )
-
-
-def share(times: Sequence[float], counts: Sequence[int]) -> list[float]:
-    """The ends of steps that cost `counts`, on a grid with a step for each evaluation: dear steps are long."""
-    if len(times) != sum(counts) + 1:
-        raise ValueError(f"the spacing gave {len(times)} times for {sum(counts)} steps; expected {sum(counts) + 1}")
-    return [times[i] for i in accumulate(counts, initial=0)]
 
 
 def whole(nfe: int | None) -> int | None:

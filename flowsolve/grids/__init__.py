@@ -27,7 +27,7 @@ any other, counted like any other. On the way from data to noise a spacing has t
 What happens at the data end is a named policy, `Final`.
 """
 
-from flowsolve.grids.base import Grid, Spacing, fractions
+from flowsolve.grids.base import Grid, Spacing, fractions, share
 from flowsolve.grids.explicit import At
 from flowsolve.grids.final import Closing, Final
 from flowsolve.grids.names import SPACINGS, resolve
@@ -57,4 +57,5 @@ __all__ = [
     "dynamic_shift",
     "fractions",
     "resolve",
+    "share",
 ]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Protocol
 
 from flowsolve.paths import Path
 
-__all__ = ["Grid", "Spacing", "fractions"]
+__all__ = ["Grid", "Spacing", "fractions", "share"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,13 @@ class Spacing(Protocol):
     def times(self, path: Path, start: float, end: float, steps: int) -> list[float]:
         """The steps + 1 times from start to end, both included exactly."""
         ...
+
+
+def share(times: Sequence[float], counts: Sequence[int]) -> list[float]:
+    """The ends of steps that cost `counts`, on a grid with a step for each evaluation: dear steps are long."""
+    if len(times) != sum(counts) + 1:
+        raise ValueError(f"the spacing gave {len(times)} times for {sum(counts)} steps; expected {sum(counts) + 1}")
+    return [times[i] for i in accumulate(counts, initial=0)]
 
 
 def fractions(start: float, end: float, steps: int) -> list[float]:

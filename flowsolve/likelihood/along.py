@@ -44,12 +44,13 @@ CORRECTED = 64
 
 
 def automatic(nfe: int | None) -> Multistep:
-    """The solver of a budget: data-form multistep of order 3, with a corrector where its steps are short enough.
+    """The solver of a budget: data-form multistep of order 3, with a corrector in its warm-up or beyond it.
 
-    A corrector takes the order from 3 to 4, whatever the field; on long steps it follows the extrapolation away from
-    states that settle between modes, which the second integral of the curve mends at order 3.
+    The first steps set out from the data, where the field of images bends most, and what they miss all later states
+    inherit. A corrector throughout takes the order from 3 to 4, whatever the field; on long steps it follows the
+    extrapolation away from states that settle between modes, which the second integral of the curve mends at order 3.
     """
-    return Multistep(3, corrector=3 if nfe is not None and nfe >= CORRECTED else 0)
+    return Multistep(3, corrector=3) if nfe is not None and nfe >= CORRECTED else Multistep(3, warmup="corrected")
 
 
 def second_looks(budget: int) -> int:

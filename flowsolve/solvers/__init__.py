@@ -20,6 +20,7 @@
 | `EulerMaruyama` | weak 1 | 1 | SDE, any η |
 | `Ancestral`, `Churn` | weak, the inner solver's | the inner solver's | noise around the steps of another solver |
 | `Fitted` | as tuned | 1 | exponential multistep, fitted to one checkpoint (`flowsolve.tuning`) |
+| `Restart`, `RePaint` | weak, the inner solver's | the inner solver's, and of its returns | steps made again |
 | `bridges.Torchdiffeq`, `bridges.Torchsde` | | | any method of those libraries (`flowsolve.solvers.bridges`) |
 
 Orders are those of a start that costs none (warmup="single"); with the usual ramp a multistep method has order 2 in the
@@ -40,6 +41,8 @@ from flowsolve.solvers.embedded import DPMSolver12, DPMSolver23
 from flowsolve.solvers.fitted import Fitted, Tuned, load
 from flowsolve.solvers.injection import Ancestral, Churn
 from flowsolve.solvers.multistep import DEIS, ERSDE, IPNDM, LMS, DPMSolverPP, Multistep, SASolver, SDEDPMSolverPP, UniPC
+from flowsolve.solvers.registry import register
+from flowsolve.solvers.resampling import RePaint, Restart
 from flowsolve.solvers.runge_kutta import RK4, Euler, Heun, Midpoint, Ralston, RungeKutta
 from flowsolve.solvers.singlestep import RES, SEEDS, DPMSolver, DPMSolverPPS, SingleStep, StochasticHeun
 from flowsolve.solvers.stochastic import EulerMaruyama
@@ -81,6 +84,8 @@ __all__ = [
     "Multistep",
     "Query",
     "Ralston",
+    "RePaint",
+    "Restart",
     "RungeKutta",
     "SASolver",
     "SDEDPMSolverPP",
@@ -96,5 +101,13 @@ __all__ = [
     "bridges",
     "largest",
     "load",
+    "register",
     "rms",
 ]
+
+# What is subclassed or read from a file, and no method of its own.
+_OPEN = (Solver, EstimateSolver, RungeKutta, Adaptive, Fitted, Tuned)
+for _kind in [v for name in __all__ if isinstance(v := globals()[name], type)]:
+    if issubclass(_kind, Solver | Auto) and _kind not in _OPEN:
+        register(_kind)
+del _kind, _OPEN

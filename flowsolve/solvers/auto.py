@@ -48,7 +48,7 @@ from flowsolve.grids import Arctan, At, Spacing
 from flowsolve.paths import Path
 from flowsolve.solvers.adaptive import Tsit5
 from flowsolve.solvers.base import Solver
-from flowsolve.solvers.discrete import check_eta
+from flowsolve.solvers.eta import check_eta
 from flowsolve.solvers.multistep import Multistep
 
 __all__ = ["Auto"]

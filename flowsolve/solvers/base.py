@@ -34,6 +34,7 @@ from flowsolve._batch import per_sample, send
 from flowsolve._surroundings import array
 from flowsolve.charts import Chart
 from flowsolve.flow import Flow
+from flowsolve.grids import Grid, Spacing, share
 from flowsolve.noise import Noise
 from flowsolve.paths import Path, Point
 from flowsolve.predictions import Estimate
@@ -144,10 +145,30 @@ Stepper = Callable[[State, float, float, int], Step]
 
 
 class Solver:
-    """A method for advancing a state. Solvers are frozen dataclasses: equal settings are equal solvers."""
+    """A method for advancing a state. Solvers are frozen dataclasses: equal settings are equal solvers.
+
+    What a driver may know of one is declared here: `order`, `evaluations`, `remembers`, `random`, `chooses_steps`,
+    `cooldown`, how a budget becomes steps (`schedule`, `counts`), and where it asks (`asks_at_end`, `require`).
+    """
 
     evaluations: ClassVar[int] = 1
     """Network evaluations of a full step."""
+    remembers: ClassVar[bool] = False
+    """Whether a step uses evaluations of earlier steps (`State.past`)."""
+    cooldown: bool = False
+    """Whether the last steps of a solve are of lower order, so that a final step counts as one of them."""
+
+    @property
+    def order(self) -> int:
+        """The order that the method is named by, as an ODE solver; measured orders are in docs/solvers.md."""
+        return 1
+
+    @property
+    def known_as(self) -> str:
+        """The name of the method in fingerprints: as registered, else with its module."""
+        from flowsolve.solvers.registry import name_of  # which knows this class
+
+        return name_of(type(self))
 
     def on(self, path: Path, chart: Chart | None, grid: Sequence[tuple[float, float, int]] = ()) -> Stepper:
         """The step function (state, t, t_next, evaluations) of this solver on a path.
@@ -162,6 +183,28 @@ class Solver:
     def schedule(self, nfe: int) -> list[int]:
         """The evaluations of each step when exactly nfe are to be spent."""
         return [1] * nfe
+
+    def counts(self, steps: int) -> list[int]:
+        """The evaluations of each step when so many steps are to be made."""
+        return [self.evaluations] * steps
+
+    def plan(self, path: Path, interval: tuple[float, float], spacing: Spacing, budget: int) -> Grid:
+        """The grid on which the solver spends a budget of estimates, to the last one.
+
+        By default the spacing lays out a step for each estimate, and a step that costs m of them (`schedule`) spans m.
+
+        Args:
+            path: the path.
+            interval: flow times from and to.
+            spacing: what places times.
+            budget: estimates.
+        """
+        counts = self.schedule(budget)
+        return Grid(tuple(share(spacing.times(path, *interval, budget), counts)), tuple(counts))
+
+    def fill(self, path: Path, times: Sequence[float]) -> list[int]:
+        """The evaluations of each step between explicit flow times."""
+        return [self.evaluations] * (len(times) - 1)
 
     def asks_at_end(self, evaluations: int) -> bool:
         """Whether a step of so many evaluations asks at the time it ends."""

@@ -68,7 +68,7 @@ from flowsolve.paths import Path
 from flowsolve.predictions import Estimate
 from flowsolve.solvers.adaptive import Status
 from flowsolve.solvers.base import Foreign, ForeignSDE, Query
-from flowsolve.solvers.discrete import check_eta
+from flowsolve.solvers.eta import check_eta
 
 __all__ = ["Torchdiffeq", "Torchsde", "spaced"]
 

@@ -30,15 +30,9 @@ from dataclasses import dataclass
 
 from flowsolve.paths import Path, Point
 from flowsolve.solvers.base import EstimateSolver, Query, State, Step
+from flowsolve.solvers.eta import check_eta
 
 __all__ = ["DDIM", "DDPM", "ExactSDE"]
-
-
-def check_eta(eta: float, most: float = math.inf) -> None:
-    """Raise ValueError unless 0 <= eta <= most."""
-    if not 0.0 <= eta <= most or math.isinf(eta):
-        bound = f" in [0, {most:g}]" if math.isfinite(most) else " >= 0"
-        raise ValueError(f"eta = {eta!r}; expected a finite number{bound}: 0 is the ODE, 1 the reverse-time SDE")
 
 
 @dataclass(frozen=True)

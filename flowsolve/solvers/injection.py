@@ -38,14 +38,14 @@ from flowsolve.charts import Chart
 from flowsolve.flow import Flow
 from flowsolve.paths import Path, Point
 from flowsolve.solvers.base import Solver, State, Step, Stepper
-from flowsolve.solvers.discrete import check_eta
+from flowsolve.solvers.eta import check_eta
 from flowsolve.solvers.runge_kutta import Euler, Heun
 
-__all__ = ["Ancestral", "Churn"]
+__all__ = ["Ancestral", "Around", "Churn", "missing"]
 
 
 @dataclass(frozen=True)
-class _Around(Solver):
+class Around(Solver):
     """A solver that costs and asks what the steps of another do."""
 
     inner: Solver
@@ -54,20 +54,27 @@ class _Around(Solver):
         name, inner = type(self).__name__, self.inner
         if not isinstance(inner, Solver):
             raise TypeError(f"{name} wraps {inner!r}; expected a solver such as flowsolve.solvers.Heun()")
-        why = ""
-        if inner.chooses_steps:
-            why = "chooses its own steps; set adaptive=False, or use a solver on a fixed grid"
-        elif getattr(inner, "multistep", False):
-            why = "is a multistep method, and what it remembers does not belong to a state with new noise"
-        elif inner.random:
-            why = "draws noise itself; use eta=0 or an ODE solver"
-        if why:
+        if why := self.refused():
             raise TypeError(f"{name} adds noise around the steps of another solver, but {inner!r} {why}")
+
+    def refused(self) -> str:
+        """Why the inner solver does not serve; empty if it does."""
+        inner = self.inner
+        if inner.chooses_steps:
+            return "chooses its own steps; set adaptive=False, or use a solver on a fixed grid"
+        if inner.remembers:
+            return "is a multistep method, and what it remembers does not belong to a state with new noise"
+        return "draws noise itself; use eta=0 or an ODE solver" if inner.random else ""
 
     @property
     def evaluations(self) -> int:  # type: ignore[override]
         """Network evaluations of a full step: those of the inner solver."""
         return self.inner.evaluations
+
+    @property
+    def order(self) -> int:
+        """The order of the inner solver."""
+        return self.inner.order
 
     def schedule(self, nfe: int) -> list[int]:
         """The evaluations of each step when exactly nfe are to be spent."""
@@ -83,7 +90,7 @@ class _Around(Solver):
 
 
 @dataclass(frozen=True)
-class Ancestral(_Around):
+class Ancestral(Around):
     """Every step goes past its end by another solver, and comes back to it by fresh noise.
 
     Where the path ends too early for that, the step goes as far as the path and draws so much less: a step to the last
@@ -138,7 +145,7 @@ class Ancestral(_Around):
             if past < end:
                 tau = there.sigma * math.sqrt(share)
             else:  # what is missing where the path ends
-                past, tau = end, _missing(there, path.at(end))
+                past, tau = end, missing(there, path.at(end))
             ratio = float(there.alpha / path.alpha(past))
             x = (yield from inner(state, t, past, evaluations)).x
             assert state.noise is not None
@@ -148,7 +155,7 @@ class Ancestral(_Around):
 
 
 @dataclass(frozen=True)
-class Churn(_Around):
+class Churn(Around):
     """Every step raises the noise level σ̃ = σ/α to σ̃ (1 + γ) by fresh noise, then goes down by another solver.
 
     How much is told either for the whole solve, as EDM does, or for a step; a solve in pieces does as the whole with
@@ -222,13 +229,13 @@ class Churn(_Around):
             return state, t
         up = path.at(before)
         ratio = float(up.alpha / here.alpha)
-        tau = ratio * here.sigma * math.sqrt(gamma * (2.0 + gamma)) if before > 0.0 else _missing(up, here)
+        tau = ratio * here.sigma * math.sqrt(gamma * (2.0 + gamma)) if before > 0.0 else missing(up, here)
         assert state.noise is not None
         x = state.noise.step(t, t_next, state.x)
         return state.advance((ratio * state.x).add(x, alpha=self.s_noise * tau)), before
 
 
-def _missing(noisy: Point, clean: Point) -> float:
+def missing(noisy: Point, clean: Point) -> float:
     """The standard deviation of the noise between two points, in the scale of the noisy one."""
     left = noisy.alpha * clean.sigma / clean.alpha
     return math.sqrt(max(0.0, (noisy.sigma - left) * (noisy.sigma + left)))

@@ -36,7 +36,7 @@ from torch import Tensor
 from flowsolve.charts import Chart
 from flowsolve.paths import Path
 from flowsolve.solvers.base import EstimateSolver, Past, Query, State, Step, Stepper
-from flowsolve.solvers.discrete import check_eta
+from flowsolve.solvers.eta import Eta, check_eta
 from flowsolve.solvers.exponential import (
     RULES,
     VARIABLES,
@@ -89,15 +89,14 @@ class Multistep(EstimateSolver):
     warmup: str = "ramp"
     cooldown: bool = False
 
-    multistep: ClassVar[bool] = True
+    remembers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_choice("order", self.order, range(1, MOST + 1))
         if self.corrector not in range(self.order + 1):
             raise ValueError(f"corrector = {self.corrector!r}; expected a whole number from 0 (none) to the order")
         form_of(self.form)
-        if not callable(self.eta):
-            check_eta(self.eta)
+        Eta(self.eta)
         check_choice("variable", self.variable, VARIABLES)
         check_choice("rule", self.rule, RULES)
         check_choice("warmup", self.warmup, ("ramp", "single", "trapezoid", "corrected"))
@@ -107,11 +106,11 @@ class Multistep(EstimateSolver):
     @property
     def random(self) -> bool:
         """Whether steps draw noise."""
-        return callable(self.eta) or self.eta > 0.0
+        return Eta(self.eta).random
 
     def level(self, path: Path, t: float, t_next: float) -> float:
         """η for a step."""
-        return float(self.eta(t)) if callable(self.eta) else float(self.eta)
+        return Eta(self.eta).at(t)
 
     def schedule(self, nfe: int) -> list[int]:
         """One evaluation a step, but for the first ones with warmup="single" or "trapezoid"."""
@@ -120,6 +119,10 @@ class Multistep(EstimateSolver):
         while self.warmup == "single" and len(first) < self.order - 1 and sum(first) + dear < nfe:
             first.append(dear)
         return first + [1] * (nfe - sum(first))
+
+    def counts(self, steps: int) -> list[int]:
+        """One evaluation a step, but for the first ones with warmup="single" or "trapezoid"."""
+        return next(found for nfe in range(steps, 8 * steps + 8) if len(found := self.schedule(nfe)) == steps)
 
     def asks_at_end(self, evaluations: int) -> bool:
         """Whether a step of so many evaluations asks at the time it ends: that which is taken twice."""

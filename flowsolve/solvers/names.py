@@ -19,17 +19,12 @@ from flowsolve import solvers
 from flowsolve._spelling import known, parsed, plain
 from flowsolve.solvers.auto import Auto
 from flowsolve.solvers.base import Solver
+from flowsolve.solvers.registry import REGISTERED
 
 __all__ = ["ALIASES", "SOLVERS", "solver"]
 
-ABSTRACT = ("Solver", "EstimateSolver", "RungeKutta", "Adaptive", "Fitted", "Tuned")
-
-SOLVERS: Mapping[str, Any] = {
-    plain(name): made
-    for name in solvers.__all__
-    if isinstance(made := getattr(solvers, name), type) and issubclass(made, Solver | Auto) and name not in ABSTRACT
-}
-"""Plain name → class."""
+SOLVERS: Mapping[str, Any] = REGISTERED
+"""Plain name → class: flowsolve's own, and what `flowsolve.solvers.register` was given."""
 
 ALIASES: Mapping[str, Callable[..., Any]] = {
     "eulera": solvers.DDPM,

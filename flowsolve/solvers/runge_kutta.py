@@ -177,6 +177,11 @@ class RungeKutta(SlopeSolver):
         if "tableau" in vars(cls):
             cls.evaluations = cls.tableau.evaluations
 
+    @property
+    def order(self) -> int:
+        """The order of the tableau."""
+        return self.tableau.order
+
     def schedule(self, nfe: int) -> list[int]:
         """Whole steps, after shorter ones that spend what is left over without costing the order if that can be."""
         order = self.tableau.order

@@ -35,7 +35,7 @@ from flowsolve.charts import CHARTS, Chart
 from flowsolve.paths import Path
 from flowsolve.predictions import Estimate
 from flowsolve.solvers.base import EstimateSolver, Query, State, Step, Stepper
-from flowsolve.solvers.discrete import check_eta
+from flowsolve.solvers.eta import Eta
 from flowsolve.solvers.exponential import RULES, Form, applied, check_choice, form_of, frozen, refuse_chart, update
 
 __all__ = ["RES", "SCHEMES", "SEEDS", "DPMSolver", "DPMSolverPPS", "Scheme", "SingleStep", "StochasticHeun", "substeps"]
@@ -136,8 +136,7 @@ class SingleStep(EstimateSolver):
     def __post_init__(self) -> None:
         check_choice("order", self.order, tuple(SCHEMES))
         form_of(self.form)
-        if not callable(self.eta):
-            check_eta(self.eta)
+        Eta(self.eta)
         check_choice("rule", self.rule, RULES)
 
     @property
@@ -153,7 +152,7 @@ class SingleStep(EstimateSolver):
     @property
     def random(self) -> bool:
         """Whether steps draw noise."""
-        return callable(self.eta) or self.eta > 0.0
+        return Eta(self.eta).random
 
     def schedule(self, nfe: int) -> list[int]:
         """Shorter steps first for what does not fill whole ones, of one order less where that can be."""
@@ -171,7 +170,7 @@ class SingleStep(EstimateSolver):
             estimate = yield Query(state.x, t)
             scheme = self._scheme(evaluations)
             rule = self.rule if len(scheme.stages) == 1 else "exact"
-            eta = float(self.eta(t)) if callable(self.eta) else float(self.eta)
+            eta = Eta(self.eta).at(t)
             x = yield from substeps(path, form, scheme, state, estimate, t, t_next, eta, rule)
             return replace(state, x=x)
 

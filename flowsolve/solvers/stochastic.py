@@ -22,7 +22,7 @@ from flowsolve.charts import Chart
 from flowsolve.flow import Flow
 from flowsolve.paths import Path
 from flowsolve.solvers.base import EstimateSolver, Query, State, Step
-from flowsolve.solvers.discrete import check_eta
+from flowsolve.solvers.eta import check_eta
 
 __all__ = ["EulerMaruyama"]
 

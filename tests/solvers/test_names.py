@@ -35,7 +35,7 @@ def test_every_solver_has_a_name() -> None:
     abstract = {solvers.Solver, solvers.EstimateSolver, solvers.RungeKutta, solvers.Adaptive}
     abstract |= {solvers.Fitted, solvers.Tuned}  # which are called by the name of their file
     assert set(names.SOLVERS.values()) == kinds - abstract
-    for kind in kinds - abstract - {solvers.Churn}:
+    for kind in kinds - abstract - {solvers.Churn, solvers.RePaint}:
         assert names.solver(kind.__name__) == kind()
 
 

@@ -215,7 +215,7 @@ def _checked(
 ) -> Plan:
     """The plan on these nodes, after every check that can be made before the first evaluation."""
     flow, path = reading.flow, reading.path
-    counts = _counts(solver, len(begins) - 1)
+    counts = solver.counts(len(begins) - 1)
     intervals: tuple[tuple[float, float, int], ...] = ()
     if len(begins) > 1:
         intervals = tuple(Grid(tuple(begins), tuple(counts)).intervals)
@@ -230,7 +230,7 @@ def _checked(
         within(path, begins[-1])
         flow.require(begins[-1], "the final step")
     laid = intervals or ((begins[0], 1.0, 1),)
-    if closing is not None and getattr(solver, "cooldown", False):  # it is the last step, and of order 1
+    if closing is not None and solver.cooldown:  # it is the last step, and of order 1
         laid = (*laid, (begins[-1], 1.0, 1)) if intervals else laid
     stepper = solver.on(path, chart, laid)
     times = [t for interval in intervals for t in _asked(reading, stepper, *interval)]
@@ -241,13 +241,6 @@ def _checked(
         first.pop()
     points = tuple(path.at(t) for t in times)
     return Plan(reading, solver, stepper, intervals, closing, tuple(times), points, tuple(first), steps)
-
-
-def _counts(solver: Solver, steps: int) -> list[int]:
-    """The evaluations of so many steps."""
-    if getattr(solver, "warmup", "ramp") == "ramp":
-        return [solver.evaluations] * steps
-    return next(counts for nfe in range(steps, 8 * steps + 8) if len(counts := solver.schedule(nfe)) == steps)
 
 
 def _asked(reading: Reading, stepper: Stepper, t: float, t_next: float, evaluations: int) -> list[float]:

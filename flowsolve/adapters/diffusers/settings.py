@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flowsolve import grids, solvers
 from flowsolve.grids import At, Final, Grid
-from flowsolve.solvers import Auto, Solver, names
+from flowsolve.solvers import Auto, Solver, names, registry
 
 __all__ = ["INSTALL", "NOTE", "OPTIONS", "from_json", "merged", "named", "require_saveable", "to_json", "write_note"]
 
@@ -144,7 +144,7 @@ def from_json(value: Any) -> Any:
 
 def _class(name: str) -> type[Any] | None:
     """A class of solvers, grids or policies by its name."""
-    found = getattr(solvers, name, None) or getattr(grids, name, None)
+    found = registry.find(name) or getattr(solvers, name, None) or getattr(grids, name, None)
     good = isinstance(found, type) and (
         issubclass(found, Solver | Auto | Final | At | Grid | solvers.Controller) or hasattr(found, "times")
     )
