@@ -10,8 +10,14 @@ $$ \operatorname{tr}\frac{\partial\hat\varepsilon}{\partial x}
    \alpha\operatorname{tr}\frac{\partial\hat z}{\partial x}
    = D - \sigma\operatorname{tr}\frac{\partial\hat\varepsilon}{\partial x} . $$
 
+**Power laws**: Gaussian fields with the spectrum of natural images, 3 × 16 × 16, and a mixture of two such, in the
+basis where they are diagonal.
+
 **Digits**: held-out images on the two checkpoints, dequantised once. The truth is Dopri5 at 1e-5 (networks compute in
 float32), with the exact trace, or with the same probe as the method that is measured.
+
+**Patches**: held-out 32 × 32 patches of photographs on the networks of `networks/`, with one probe each, the same for
+the truth, which is Dopri5 at 1e-4.
 """
 
 from __future__ import annotations
@@ -20,6 +26,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path as File
 from typing import Any
 
 import torch
@@ -29,7 +36,8 @@ import flowsolve as fs
 from flowsolve import adapters, likelihood, paths, solvers
 from flowsolve.flow import Flow
 from flowsolve.predictions import resolve
-from flowsolve.problems import GaussianMixture
+from flowsolve.problems import GaussianMixture, PowerLaw, patches
+from sections.fields import unconditional
 from sections.generative import TABLE, mixture
 
 __all__ = ["PROBLEMS", "Density", "Known", "Told", "digits", "mixtures"]
@@ -64,6 +72,9 @@ class Known:
         a, b, w = (torch.as_tensor(v).to(x) for v in self.prediction.row(point))
         self.trace = ((a * of_data + b * of_noise) / w).detach()
         return (a.reshape(-1, 1) * data + b.reshape(-1, 1) * noise) / w.reshape(-1, 1)
+
+
+FOLDER = File(__file__).parents[1] / "networks"
 
 
 @dataclass(frozen=True)
@@ -110,13 +121,32 @@ class Density:
 
 def _mixture(dimension: int, path: paths.Path, prediction: str, count: int) -> Density:
     made = mixture(dimension)
-    exact = GaussianMixture(made.means, made.variance.sqrt(), made.weights)
+    return _known(GaussianMixture(made.means, made.variance.sqrt(), made.weights), path, prediction, count)
+
+
+def _power_law(path: paths.Path, prediction: str, **settings: Any) -> Density:
+    field = PowerLaw((3, 16, 16), dtype=torch.float64, **settings)
+    std = field.coefficients.std.flatten(1)
+    return _known(GaussianMixture(torch.zeros_like(std), std, field.weights), path, prediction, 64)
+
+
+def _known(exact: GaussianMixture, path: paths.Path, prediction: str, count: int) -> Density:
     point = path.at(path.window[1])
-    noise = torch.randn(count, dimension, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    noise = torch.randn(count, exact.means.shape[1], generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     x = point.alpha * exact.sample(count, seed=2) + point.sigma * noise
     net = Known(exact, path, prediction)
     trace = {"trace": Told(net=net)}
     return Density(Flow(net, path, prediction), x, exact.log_prob(x, point), trace, {"truth": "closed form"})
+
+
+def held_out(name: str, count: int) -> Density:
+    """Held-out patches on a network of `networks/`."""
+    flow = unconditional(name, FOLDER)
+    images = patches.lattice(patches.photographs("held_out"), count).images
+    x = patches.dequantize(images, torch.Generator().manual_seed(0))
+    out = fs.log_prob(flow, x, solver=solvers.Dopri5(1e-4, 1e-4), **PROBES)
+    facts = {"truth": "Dopri5 1e-4", "nfe": _mean(out.nfe)}
+    return Density(flow, x, out.log_prob, PROBES, facts)
 
 
 def digits(name: str, count: int, trace: dict[str, Any], truth: Tensor | None = None) -> Density:
@@ -146,8 +176,27 @@ mixtures: dict[str, Callable[[], Density]] = {
     "mixture 3072, VP": partial(_mixture, 3072, paths.VP(), "noise", 32),
     "mixture 3072, table": partial(_mixture, 3072, TABLE, "noise", 32),
 }
+OTHERS: dict[str, tuple[paths.Path, str]] = {
+    "VE": (paths.VE(), "noise"),
+    "EDM": (paths.EDM(), "noise"),
+    "SubVP": (paths.SubVP(), "noise"),
+    "Cosine": (paths.Cosine(), "v"),
+    "Trig": (paths.Trig(), "v"),
+}
+TWO: dict[str, Any] = {"slope": [1.0, 1.6], "contrast": [1.0, 0.2]}
+fields: dict[str, Callable[[], Density]] = {
+    **{f"mixture 64, {name}": partial(_mixture, 64, *on, 256) for name, on in OTHERS.items()},
+    "power law, straight": partial(_power_law, paths.CondOT(), "velocity"),
+    "power law, VP": partial(_power_law, paths.VP(), "noise"),
+    "power law, table": partial(_power_law, TABLE, "noise"),
+    "two power laws, straight": partial(_power_law, paths.CondOT(), "velocity", **TWO),
+    "two power laws, EDM": partial(_power_law, paths.EDM(), "noise", **TWO),
+}
 PROBLEMS: dict[str, Callable[[], Density]] = {
     **mixtures,
+    **fields,
     "digits-ddpm": partial(digits, "digits-ddpm", 24, EXACT),
     "digits-condot": partial(digits, "digits-condot", 24, EXACT),
+    "patches-condot": partial(held_out, "patches-condot", 4),
+    "patches-ddpm": partial(held_out, "patches-ddpm", 4),
 }

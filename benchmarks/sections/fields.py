@@ -163,8 +163,8 @@ def _converged(name: str, flow: fs.Flow, start: Tensor, evaluations: int) -> Cas
     return Case(flow, start, judge, exact)
 
 
-def network(name: str, folder: File, batch: int = 8, evaluations: int = 512) -> Case:
-    """The case of a trained network: bundled, or a folder of that name; one with classes is asked without any."""
+def unconditional(name: str, folder: File) -> fs.Flow:
+    """A trained network: bundled, or a folder of that name; one with classes is asked without any."""
     flow = adapters.load(adapters.bundled(name) if name.startswith("digits") else folder / name)
     if name == "patches-ddpm":
         net: Any = flow.net
@@ -175,6 +175,12 @@ def network(name: str, folder: File, batch: int = 8, evaluations: int = 512) -> 
             return out
 
         flow = fs.Flow(unconditional, flow.path, flow.prediction, time=flow.clock)
+    return flow
+
+
+def network(name: str, folder: File, batch: int = 8, evaluations: int = 512) -> Case:
+    """The case of a trained network: bundled, or a folder of that name; one with classes is asked without any."""
+    flow = unconditional(name, folder)
     shape = (1, 8, 8) if name.startswith("digits") else (3, 32, 32)
     start = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(generative.SEED))
     return _converged(name, flow, start, evaluations)

@@ -23,7 +23,7 @@ class LogProb:
     Attributes:
         log_prob: nats, shape (B,); NaN for a sample whose solve failed.
         stderr: standard error of log_prob from the trace probes, shape (B,): 0 with the exact trace, NaN from a single
-            probe, which cannot tell.
+            probe, which cannot tell, and from XTrace.
         error: estimate of the solver's own error of log_prob in nats, shape (B,), too large in most cases; NaN where
             the solver does not tell (Runge–Kutta: compare two tolerances).
         nfe: network evaluations of each sample, int64 of shape (B,).

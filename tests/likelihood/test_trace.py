@@ -74,6 +74,17 @@ def test_the_standard_error_is_that_of_the_mean(estimator):
     assert abs(said.mean() - real.mean()) < 4 * math.hypot(said.std(), real.std()) / math.sqrt(len(x))
 
 
+def test_xtrace_tells_no_error_of_its_own():
+    """Its estimates share a range: where that misses one of a few equal directions, their spread is far too small."""
+    q = torch.linalg.qr(MATRIX)[0]
+    matrix = q[:, :5] @ q[:, :5].T
+    totals = found(XTrace(8), lambda x: x @ matrix, X[:1].expand(2000, SIZE))[1]
+    error = (totals.mean(1) - 5.0).square().mean().sqrt()
+    spread = (totals.var(1).mean() / totals.shape[1]).sqrt()
+    assert error > 1.25 * spread  # what a standard error from them would have to be within
+    assert bool(XTrace(8).stderr(totals).isnan().all())
+
+
 def test_deflation_pays_where_a_few_directions_rule():
     """Where singular values fall fast both have less than a tenth of Hutchinson's spread, at equal cost."""
     q = torch.linalg.qr(MATRIX)[0]
