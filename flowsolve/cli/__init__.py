@@ -44,12 +44,21 @@ def build() -> Any:
 
 
 def main() -> None:
-    """Entry point: run the command line; a missing package or file is one line and exit status 1."""
+    """Entry point: run the command line; a missing package or file is one line and exit status 1.
+
+    The version and the first help are told without typer too.
+    """
     try:
         app = build()
     except ImportError as error:  # typer's: nothing of `cli` can be imported without it
+        if sys.argv[1:] == ["--version"]:
+            print(__version__)
+            raise SystemExit(0) from None
+        if sys.argv[1:] in ([], ["--help"]):
+            commands = ", ".join(info.name for info in iter_modules(__path__) if not info.name.startswith("_"))
+            print(f"flowsolve {__version__}: numerical ODE and SDE solvers for generative flows\ncommands: {commands}")
         print(f"flowsolve: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        raise SystemExit(0 if sys.argv[1:] == ["--help"] else 1) from None
     from flowsolve.cli._terminal import failed, guard
 
     guard()

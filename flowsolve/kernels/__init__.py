@@ -54,6 +54,7 @@ __all__ = [
     "host",
     "judge",
     "largest",
+    "mode",
     "normals",
     "rms",
     "use",
@@ -78,6 +79,11 @@ _mode: ContextVar[str] = ContextVar("kernels", default=START)
 MODULES = {"cpu": "cpu", "cuda": "cuda", "noise on cpu": "philox_cpu", "noise on cuda": "philox_cuda"}
 _rent = dict.fromkeys(MODULES, 0.0)
 _loaded: dict[str, ModuleType | None] = {}
+
+
+def mode() -> str:
+    """The mode in force: "auto", "torch" or "fused"; see `use`."""
+    return _mode.get()
 
 
 @contextmanager

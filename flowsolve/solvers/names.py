@@ -38,9 +38,19 @@ ALIASES: Mapping[str, Callable[..., Any]] = {
     "dpmpp2sancestral": partial(solvers.Ancestral, solvers.DPMSolverPPS(2)),
     "plms": partial(solvers.IPNDM, warmup="trapezoid"),
     "dpmppsde": partial(solvers.DPMSolverPPS, order=2, eta=1.0),
+    "resmultistep": partial(solvers.Multistep, order=2),
     "unipcbh2": partial(solvers.UniPC, rule="bh2"),
 }
 """Plain name elsewhere → what makes the same solver; tested beside k-diffusion's functions."""
+
+NEAREST: Mapping[str, str] = {
+    "dpmpp3msde": "its published step halves the second difference; sdedpmsolverpp:order=3 takes all of it",
+    "dpmfast": "the nearest is dpmsolver:order=3, which makes single steps of the published method",
+    "dpmadaptive": "the nearest are dpmsolver23 and dpmsolver12, with step control of their own",
+    "gradientestimation": "the nearest is deis:order=2, which weighs the last two estimates by the steps taken",
+    "resmultistepancestral": "the nearest is sdedpmsolverpp:order=2",
+}
+"""Plain name elsewhere of which there is no equal here → what comes next to it."""
 
 
 def solver(text: str) -> Solver | Auto:
@@ -64,6 +74,12 @@ def solver(text: str) -> Solver | Auto:
     name, options = parsed(text)
     made = SOLVERS.get(plain(name)) or ALIASES.get(plain(name))
     if made is None:
+        if next_to := NEAREST.get(plain(name).removesuffix("gpu")):
+            raise ValueError(f"solver = {name!r} has no equal here: {next_to}")
+        if plain(name).endswith("cfgpp"):
+            raise ValueError(
+                f"solver = {name!r} is a guidance, not a step: name the solver alone and use flowsolve.guidance"
+            )
         near = get_close_matches(plain(name), [*SOLVERS, *ALIASES], 1, 0.6)
         meant = f". Did you mean {near[0]!r}?" if near else ""
         listed = ", ".join(sorted(made.__name__ for made in SOLVERS.values()))

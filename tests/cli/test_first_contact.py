@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from flowsolve._version import __version__
 pytest.importorskip("typer")
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("demo", "inspect", "nll", "reflow", "sample", "train")
+COMMANDS = ("demo", "doctor", "inspect", "nll", "reflow", "sample", "train", "tune")
 HELP = """
 import runpy, sys
 for arguments in [["--version"], ["--help"], [], *[[c, "--help"] for c in sys.argv[1:]], ["--show-completion", "bash"]]:
@@ -121,3 +123,46 @@ def test_the_extras_are_listed_where_they_are_looked_for() -> None:
     if page.is_file():
         text = page.read_text(encoding="utf-8")
         assert all(f"| `{extra}` |" in text for extra in EXTRAS)
+
+
+@pytest.mark.parametrize(("argument", "code"), [("--version", 0), ("--help", 0), (None, 1)])
+def test_without_typer_the_first_questions_are_answered(tmp_path: Path, argument: str | None, code: int) -> None:
+    (tmp_path / "typer.py").write_text("raise ModuleNotFoundError('no typer', name='typer')\n")
+    path = os.pathsep.join([str(tmp_path), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "flowsolve", *filter(None, [argument])]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert __version__ in done.stdout
+    if argument != "--version":
+        assert "typer" in done.stderr
+        assert "[cli]" in done.stderr
+        assert all(command in done.stdout for command in COMMANDS)
+
+
+def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All is well here; what is broken is named, and is the exit status."""
+    from typer.testing import CliRunner
+
+    from flowsolve.cli import build
+
+    run = CliRunner().invoke(build(), ["doctor", "--json"])
+    told = json.loads(run.stdout)
+    assert run.exit_code == 0, run.stdout
+    assert told["flowsolve"] == __version__
+    assert told["packages"]["torch"] == version("torch")
+    assert [ok for _, ok, _ in told["tests"]] == [True] * 4
+    module = sys.modules["flowsolve.cli.doctor"]
+    monkeypatch.setitem(module.TESTS, "noise", lambda: 1 / 0)
+    run = CliRunner().invoke(build(), ["doctor"])
+    assert run.exit_code == 1
+    assert "FAILED     noise: ZeroDivisionError" in run.stdout
+    assert "ok         likelihood" in run.stdout
+
+
+def test_what_doctor_lists_is_what_the_extras_bring() -> None:
+    from flowsolve.cli.doctor import PACKAGES
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for extra, names in PACKAGES.items():
+        if extra:
+            assert all(any(line.split(">")[0].strip() == name for line in extras[extra]) for name in names), extra

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+import math
+from itertools import pairwise
 
+import pytest
+import torch
+
+import flowsolve as fs
 from flowsolve import grids, solvers
 from flowsolve.grids.names import grid
 from flowsolve.solvers import names
@@ -56,6 +61,9 @@ def test_grids(text: str, made: object) -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
+        (lambda: names.solver("dpmpp_3m_sde_gpu"), "solver = 'dpmpp_3m_sde_gpu' has no equal here: its published step"),
+        (lambda: names.solver("gradient_estimation"), "'gradient_estimation' has no equal here: the nearest is deis"),
+        (lambda: names.solver("euler_cfg_pp"), "solver = 'euler_cfg_pp' is a guidance, not a step"),
         (lambda: names.solver("unipcc"), r"solver = 'unipcc' is not known; expected one of Ancestral, .*, UniPC, with"),
         (lambda: names.solver("unipc:ordr=3"), "unipc has no option 'ordr'; expected one of order, form"),
         (lambda: names.solver("heun:order=3"), "heun has no option 'order'; expected one of none"),
@@ -70,3 +78,32 @@ def test_grids(text: str, made: object) -> None:
 def test_what_is_not_known_is_named(make: object, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         make()  # type: ignore[operator]
+
+
+def test_what_comes_next_to_a_name_is_known() -> None:
+    for text in names.NEAREST.values():
+        for word in text.replace(";", " ").replace(",", " ").split():
+            if word.startswith(("dpm", "sde", "deis")):
+                names.solver(word)
+
+
+def test_res_multistep_is_the_exponential_method_of_two_steps() -> None:
+    """x' = e^-h x + h ((φ₁ + φ₂/r) ẑ_n − φ₂/r ẑ_{n−1}) in σ, r the step before over this one (Zhang et al. 2023)."""
+    mixture = fs.problems.GaussianMixture([[-1.0], [1.0]], std=0.4, dtype=torch.float64)
+    flow = mixture.flow(fs.paths.VE())
+    path, times = flow.path, [0.2, 0.35, 0.5, 0.7]
+    start = torch.linspace(-3.0, 3.0, 7, dtype=torch.float64).reshape(-1, 1) * path.sigma(times[0])
+    x, before = start, None
+    for t, to in pairwise(times):
+        z, h = flow.data(x, t), math.log(path.sigma(t) / path.sigma(to))
+        one = -math.expm1(-h) / h
+        two = (1.0 - one) / h
+        if before is None:
+            x = math.exp(-h) * x + h * one * z
+        else:
+            r = before[1] / h
+            x = math.exp(-h) * x + h * ((one + two / r) * z - two / r * before[0])
+        before = z, h
+    solver = names.solver("res_multistep")
+    found = fs.sample(flow, start=start, solver=solver, grid=times, interval=(times[0], times[-1])).x
+    torch.testing.assert_close(found, x, rtol=1e-12, atol=1e-12)
