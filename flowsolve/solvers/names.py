@@ -11,6 +11,7 @@ step; their defaults are meant, which options may change. A name that ends in .j
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from functools import partial
 from typing import Any
@@ -89,6 +90,13 @@ def solver(text: str) -> Solver | Auto:
     known(made.func if isinstance(made, partial) else made, name, options)
     if isinstance(options.get("inner"), str):
         options["inner"] = solver(options["inner"])
+    kind: Any = made
+    wanted = [] if isinstance(made, partial) else [f for f in fields(kind) if f.init and f.name not in options]
+    if lacks := [f.name for f in wanted if f.default is MISSING and f.default_factory is MISSING]:
+        raise ValueError(
+            f"solver {text!r} lacks {', '.join(lacks)}; give it as in churn:inner=heun, or, if it is no text, make the "
+            "solver in Python"
+        )
     try:
         return made(**options)  # type: ignore[no-any-return]
     except TypeError as error:

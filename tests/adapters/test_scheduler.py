@@ -779,8 +779,11 @@ def test_a_function_among_the_settings_is_not_saved(tmp_path: Path) -> None:
 def test_every_name_is_a_solver_that_runs() -> None:
     from flowsolve.solvers.names import SOLVERS
 
-    fixed = [n for n, kind in SOLVERS.items() if not issubclass(kind, solvers.Adaptive) and kind is not solvers.Churn]
+    others = (solvers.Churn, solvers.RePaint, solvers.Restart)  # which need more than a name, or go back
+    fixed = [n for n, kind in SOLVERS.items() if not issubclass(kind, (solvers.Adaptive, *others))]
     assert len(fixed) > 20
+    with pytest.raises(TypeError, match="Restart goes back to earlier times, and a list of so many steps does not"):
+        Scheduler.from_config(DDIM_CONFIG, solver="restart").set_timesteps(3)
     for name in (*fixed, "DPMSolver++", "sde-dpmsolver++", "UniPC:order=2"):
         s = Scheduler.from_config(DDIM_CONFIG, solver=name)
         s.set_timesteps(3)

@@ -63,6 +63,10 @@ def test_grids(text: str, made: object) -> None:
     [
         (lambda: names.solver("dpmpp_3m_sde_gpu"), "solver = 'dpmpp_3m_sde_gpu' has no equal here: its published step"),
         (lambda: names.solver("gradient_estimation"), "'gradient_estimation' has no equal here: the nearest is deis"),
+        (
+            lambda: names.solver("repaint:repeats=3"),
+            "solver 'repaint:repeats=3' lacks inner, known, mask; give it as in",
+        ),
         (lambda: names.solver("euler_cfg_pp"), "solver = 'euler_cfg_pp' is a guidance, not a step"),
         (lambda: names.solver("unipcc"), r"solver = 'unipcc' is not known; expected one of Ancestral, .*, UniPC, with"),
         (lambda: names.solver("unipc:ordr=3"), "unipc has no option 'ordr'; expected one of order, form"),
