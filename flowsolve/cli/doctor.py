@@ -133,7 +133,7 @@ def _drawn() -> tuple[bool, str]:
     from flowsolve import kernels
     from flowsolve.noise import START, Noise
 
-    blank = torch.empty(64, 3, 8, 8)
+    blank = torch.empty(64, 3, 8, 8, device="cpu")
     made = []
     for mode in ("torch", "fused"):
         with kernels.use(mode):

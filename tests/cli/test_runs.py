@@ -52,12 +52,12 @@ def test_nll_of_held_out_digits(tmp_path: Path) -> None:
 def test_nll_needs_no_solver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """48 evaluations along a curve, every figure with its errors: in the table, the report, the bar and the summary."""
     monkeypatch.setenv("COLUMNS", "80")
-    options = ["--limit", 6, "--trace", "xtrace", "--probes", 4, "--draws", 2, "--repeats", 2, "--prior", "marginal"]
+    options = ["--limit", 6, "--trace", "hutch++", "--probes", 6, "--draws", 2, "--repeats", 2, "--prior", "marginal"]
     result = run("nll", "digits-ddpm", "digits:held_out", *options, "--no-plot", "--out", tmp_path)
     assert result.exit_code == 0, result.output
     flow = fs.adapters.load(fs.adapters.bundled("digits-ddpm"))
     images = fs.problems.digits.load("held_out").images[:6]
-    right = fs.bits_per_dim(flow, images, trace="xtrace", probes=4, draws=2, repeats=2, prior="marginal")
+    right = fs.bits_per_dim(flow, images, trace="hutch++", probes=6, draws=2, repeats=2, prior="marginal")
     with sqlite3.connect(tmp_path / "results.sqlite") as db:
         rows = db.execute("SELECT bpd, nfe, probe_stderr, draw_stderr, solver_error FROM items").fetchall()
     found = (right.bpd, right.nfe, right.probe_stderr, right.draw_stderr, right.solver_error)
