@@ -245,8 +245,8 @@ class HutchPP(Trace):
 class XTrace(Trace):
     """XTrace: m/2 exchangeable estimates of m = `probes` products.
 
-    They share their range, so that their spread does not tell the error of their mean: it is low by a fifth where
-    singular values fall by half, and by a factor of 3 where few are left. So no standard error is given; compare seeds.
+    They share their range, so that their spread does not tell the error of their mean: it is too small, most where few
+    directions hold all of the trace. So no standard error is given; compare seeds.
     """
 
     probes: int = 6
