@@ -153,14 +153,14 @@ def test_a_dynamic_shift_without_mu_says_what_to_do() -> None:
 
 
 def test_auto_keeps_to_low_orders_on_levels_that_are_not_its_own() -> None:
-    """Levels of a call whose steps grow suddenly: no further from the solution than order 1."""
+    """Levels of a call whose steps grow suddenly: it is UniPC of order 2 there, and nearer than order 1."""
     theirs = diffusers.FlowMatchEulerDiscreteScheduler()
     sigmas = [1.0 - 0.002 * i for i in range(12)] + [0.9 - 0.09 * i for i in range(10)]
     mixture = fs.problems.GaussianMixture(torch.tensor([[-2.0, 0.0], [2.0, 1.0]]), torch.tensor(0.5))
     flow = mixture.flow(fs.paths.CondOT())
     start, ends = randn(64, 2), {}
     true = fs.sample(flow, start=start, solver=fs.solvers.Dopri5(1e-6, 1e-6)).x
-    for solver in ("euler", "auto"):
+    for solver in ("euler", "auto", "unipc:order=2"):
         s = Scheduler.from_config(theirs, solver=solver)
         s.set_timesteps(sigmas=sigmas)
         x = start
@@ -168,6 +168,7 @@ def test_auto_keeps_to_low_orders_on_levels_that_are_not_its_own() -> None:
             x = s.step(-flow.velocity(x, 1.0 - float(t) / 1000.0).to(x.dtype), t, x, return_dict=False)[0]
         ends[solver] = float((x - true).norm() / true.norm())
     assert ends["auto"] < ends["euler"], ends
+    assert ends["auto"] == ends["unipc:order=2"], ends
 
 
 # --- loops that decide by the number of their turn --------------------------------------------------------------------
